@@ -1,0 +1,90 @@
+"""penstock: push thousands to millions of records through external services."""
+
+from penstock.clients.exchange import StreamedResponse
+from penstock.clients.http import HttpClient
+from penstock.clients.response import Response
+from penstock.context import RunningJob, current_job
+from penstock.errors import (
+    AttemptTimeout,
+    BodyTooLarge,
+    CircuitOpen,
+    ClosedError,
+    ConnectionFailed,
+    DeadlockError,
+    HttpStatusError,
+    InternalError,
+    JobTimeout,
+    JournalError,
+    NotJson,
+    Overloaded,
+    PenstockError,
+    RoundTripError,
+    TooManyErrors,
+    UsageError,
+    WrongLoop,
+    WrongThread,
+)
+from penstock.events import Instrument, JobEnded
+from penstock.executor.ambient import compute, to_thread
+from penstock.executor.definition import Job, job
+from penstock.executor.executor import Executor, ExecutorStatistics
+from penstock.executor.stream import Stream, StreamStatistics
+from penstock.gate.gate import Gate
+from penstock.gate.retry import Retry
+from penstock.gate.service import KeyStatistics
+from penstock.histogram import Distribution
+from penstock.instruments.progress import ProgressLine
+from penstock.outcome import FailureKind, Outcome, classify
+from penstock.report import Cause, Report
+from penstock.run import run
+from penstock.threads.lane import LaneStatistics
+from penstock.threads.pull import pull_in_thread
+
+__all__ = [
+    "AttemptTimeout",
+    "BodyTooLarge",
+    "Cause",
+    "CircuitOpen",
+    "ClosedError",
+    "ConnectionFailed",
+    "DeadlockError",
+    "Distribution",
+    "Executor",
+    "ExecutorStatistics",
+    "FailureKind",
+    "Gate",
+    "HttpClient",
+    "HttpStatusError",
+    "Instrument",
+    "InternalError",
+    "Job",
+    "JobEnded",
+    "JobTimeout",
+    "JournalError",
+    "KeyStatistics",
+    "LaneStatistics",
+    "NotJson",
+    "Outcome",
+    "Overloaded",
+    "PenstockError",
+    "ProgressLine",
+    "Report",
+    "Response",
+    "Retry",
+    "RoundTripError",
+    "RunningJob",
+    "Stream",
+    "StreamStatistics",
+    "StreamedResponse",
+    "TooManyErrors",
+    "UsageError",
+    "WrongLoop",
+    "WrongThread",
+    "classify",
+    "compute",
+    "current_job",
+    "job",
+    "pull_in_thread",
+    "run",
+    "to_thread",
+]

@@ -1,0 +1,49 @@
+"""What kind of function the user gave us. Decides only."""
+
+import inspect
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any
+
+from penstock.errors import UsageError
+
+
+def is_async(fn: Callable[..., Any]) -> bool:
+    """Whether calling `fn` gives a coroutine: an async function, a partial of one, an object with an async call."""
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))  # noqa: B004  # the attribute itself is asked about
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """What a function is called in logs and errors."""
+    inner = getattr(fn, "func", fn)  # a partial
+    return getattr(inner, "__qualname__", None) or type(inner).__qualname__
+
+
+def check_function(fn: object, call: str) -> None:
+    """Refuse what cannot be called again and again; `call` is what the user wrote, such as `executor.map`.
+
+    Raises:
+        UsageError: a coroutine object, or anything that is not callable.
+    """
+    if isinstance(fn, CoroutineType):
+        fn.close()
+        raise UsageError(
+            f"found a coroutine object ({fn.__qualname__}), expected a function: penstock calls it itself, and again "
+            f"for a retry. Write `{call}({fn.__name__}, ...)`, without calling {fn.__name__}."
+        )
+    if not callable(fn):
+        raise UsageError(f"found {fn!r}, expected a function. Write `{call}(fn, ...)`.")
+
+
+def refuse_coroutine(value: object, who: object) -> None:
+    """Refuse a coroutine that a function returned instead of awaiting it.
+
+    Raises:
+        UsageError: `value` is a coroutine; it is closed.
+    """
+    if type(value) is CoroutineType:
+        value.close()
+        raise UsageError(
+            f"{who} returned a coroutine ({value.__qualname__}) that nobody awaits. "
+            f"Make it `async def`, and write `return await {value.__name__}(...)`."
+        )

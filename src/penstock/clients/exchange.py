@@ -1,0 +1,226 @@
+"""One HTTP request as a round trip that the gate can attempt: sending, reading, and what each failure means.
+
+The only module that turns aiohttp's exceptions into penstock's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Hashable, Mapping
+from typing import Generic, Protocol, TypeVar
+
+import aiohttp
+from yarl import URL
+
+from penstock import clock
+from penstock.clients.auth import RenewableAuth
+from penstock.clients.response import BODY_START_BYTES, JsonLoads, Response, masked
+from penstock.errors import BodyTooLarge, ConnectionFailed, HttpStatusError, RoundTripError, UsageError
+from penstock.gate.server_hints import parse_retry_after
+from penstock.outcome import FailureKind, classify, provably_unsent
+
+IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"})
+"""RFC 9110 9.2.2."""
+ERROR_BODY_BYTES = 65_536
+"""Read of a body that goes with an error, so that its connection can be used again. Arbitrary, because: a longer one
+costs more than a new connection."""
+
+_UNSENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+
+class Settings(Protocol):
+    """What an exchange needs of its client."""
+
+    max_body_bytes: int
+    json_loads: JsonLoads
+
+
+class StreamedResponse:
+    """An answer whose body is read in pieces; it holds its permit and its connection until its block is left."""
+
+    def __init__(self, response: aiohttp.ClientResponse, exchange: "Exchange[StreamedResponse]") -> None:
+        self._response = response
+        self._exchange = exchange
+        self.status = response.status
+        self.headers = response.headers
+        self.url = str(response.url)
+        """Where the answer comes from, after redirects."""
+        self.attempts = exchange.attempts
+        """Attempts until the headers arrived; a body that breaks off is not asked for again."""
+
+    async def iter_bytes(self) -> AsyncIterator[bytes]:
+        """The body, piece by piece, as it arrives.
+
+        Raises:
+            ConnectionFailed: the body broke off.
+        """
+        try:
+            async for chunk in self._response.content.iter_any():
+                yield chunk
+        except aiohttp.ClientError as error:
+            raise self._exchange.translated(error) from error
+
+    def close(self) -> None:
+        """Give the connection back if the body was read to its end, else close it."""
+        self._response.close()
+
+
+A = TypeVar("A", Response, StreamedResponse)
+
+
+class Exchange(ABC, Generic[A]):
+    """A request that can be sent any number of times."""
+
+    __slots__ = (
+        "attempts", "auth", "body", "generation", "headers", "idempotent", "key", "method", "session", "settings",
+        "url",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        settings: Settings,
+        method: str,
+        url: URL,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        auth: RenewableAuth | None,
+        idempotent: bool,
+        key: Hashable,
+    ) -> None:
+        self.session = session
+        self.settings = settings
+        self.method = method
+        self.url = url
+        self.headers = headers
+        self.body = body
+        self.auth = auth
+        self.idempotent = idempotent
+        self.key = key
+        """The service key, by which the gate chooses a queue."""
+        self.attempts = 0
+        self.generation = 0
+        """Which generation of the auth headers the last attempt was sent with."""
+
+    def __str__(self) -> str:
+        return f"{self.method} {masked(self.url)}"
+
+    @abstractmethod
+    async def attempt(self) -> A:
+        """Send it once."""
+
+    @abstractmethod
+    def discard(self, answer: A, /) -> None:
+        """Let go of an answer that is not the final one."""
+
+    def repeatable(self, error: Exception) -> bool:
+        """Whether sending it again cannot repeat its effect: safe by itself, never sent, or refused unread."""
+        return self.idempotent or provably_unsent(error) or classify(error) is FailureKind.THROTTLED
+
+    async def send(self) -> aiohttp.ClientResponse:
+        """Send it and return the answer with its body unread, once its status is known to be below 400."""
+        self.attempts += 1
+        headers = self.headers
+        if self.auth is not None and self.auth.headers is not None:
+            self.generation = self.auth.generation
+            headers = {**headers, **self.auth.headers}
+        try:
+            response = await self.session.request(
+                self.method, self.url, headers=headers, data=self.body, allow_redirects=False
+            )
+        except aiohttp.ClientError as error:
+            raise self.translated(error) from error
+        if response.status >= 400:
+            raise await self._refusal(response)
+        return response
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> HttpStatusError:
+        try:
+            body = await self.read(response, ERROR_BODY_BYTES) or b""
+        except ConnectionFailed:
+            body = b""  # the status is the news; that its body broke off as well changes nothing
+        headers = response.headers
+        retry_after = parse_retry_after(headers.get("Retry-After"), date=headers.get("Date"), now=clock.wall())
+        return HttpStatusError(response.status, self.method, masked(self.url), body[:BODY_START_BYTES], retry_after)
+
+    async def read(self, response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:
+        """The whole body; None, with the connection closed, if it is longer than `max_bytes`."""
+        try:
+            length = response.content_length
+            if length is not None and "Content-Encoding" not in response.headers:
+                if length <= max_bytes or self.method == "HEAD":
+                    return await response.read()
+                response.close()
+                return None
+            return await _read_at_most(response, max_bytes)
+        except aiohttp.ClientError as error:
+            response.close()
+            raise self.translated(error) from error
+        except BaseException:
+            response.close()
+            raise
+
+    def translated(self, error: aiohttp.ClientError) -> Exception:
+        """aiohttp's exception as one of ours, to be raised from it."""
+        if isinstance(error, aiohttp.InvalidURL):
+            return UsageError(f"{self}: aiohttp refuses this URL ({type(error).__name__}).")
+        if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
+            reason = f"{type(error).__name__}: {error}"
+            return ConnectionFailed(self.method, masked(self.url), reason, not isinstance(error, _UNSENT))
+        return RoundTripError(f"{self} -> {type(error).__name__}: {error}")
+
+
+class WholeExchange(Exchange[Response]):
+    """A request whose answer is read fully."""
+
+    __slots__ = ()
+
+    async def attempt(self) -> Response:
+        """Send it and read the answer.
+
+        Raises:
+            HttpStatusError: the status is 400 or more.
+            BodyTooLarge: the body is longer than allowed.
+            ConnectionFailed: no complete answer arrived.
+        """
+        started = clock.now()
+        response = await self.send()
+        body = await self.read(response, self.settings.max_body_bytes)
+        if body is None:
+            raise BodyTooLarge(self.method, masked(self.url), self.settings.max_body_bytes)
+        return Response(
+            response.status, response.headers, body, self.attempts, clock.now() - started,
+            self.method, self.url, self.settings.json_loads,
+        )  # fmt: skip
+
+    def discard(self, answer: Response, /) -> None:
+        """Nothing is held: the answer has been read."""
+
+
+class StreamedExchange(Exchange[StreamedResponse]):
+    """A request whose answer is read in pieces by the caller; attempted until its headers have arrived."""
+
+    __slots__ = ()
+
+    async def attempt(self) -> StreamedResponse:
+        """Send it; the body stays unread.
+
+        Raises:
+            HttpStatusError: the status is 400 or more.
+            ConnectionFailed: no answer arrived.
+        """
+        return StreamedResponse(await self.send(), self)
+
+    def discard(self, answer: StreamedResponse, /) -> None:
+        """Let the connection go, with what was not read."""
+        answer.close()
+
+
+async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:
+    chunks: list[bytes] = []
+    size_bytes = 0
+    async for chunk in response.content.iter_any():
+        size_bytes += len(chunk)
+        if size_bytes > max_bytes:
+            response.close()
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)

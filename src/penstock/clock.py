@@ -1,0 +1,23 @@
+"""The only module that reads time.
+
+Everything else is given `now`, or asks the running loop through this module: under the virtual-clock loop of
+`penstock.testing` the whole library then lives in virtual time. Durations are float seconds.
+"""
+
+import asyncio
+import time
+
+
+def now() -> float:
+    """Seconds on the running loop's own clock; only differences mean anything. Loop thread only."""
+    return asyncio.get_running_loop().time()
+
+
+def wall() -> float:
+    """Seconds since the epoch: for comparing with dates that a server wrote, never for durations. Any thread."""
+    return time.time()
+
+
+def steady() -> float:
+    """Seconds on the process's monotonic clock, for code that runs outside a loop. Any thread."""
+    return time.monotonic()

@@ -1,0 +1,70 @@
+"""Who asks: the identity of the current job.
+
+Every job runs in a task and a context of its own, and a `RunningJob` is set in that context before the job's first
+line. Whoever works for the job (a gate, a lane's thread, a log record) finds it here without being told: a context
+variable follows the job through awaits, into threads and into tasks that it starts.
+
+The record is written by the loop thread only. Other threads may read it.
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+from penstock.errors import UsageError
+
+T = TypeVar("T")
+
+
+class Host(Protocol):
+    """What a job may ask of the executor that runs it."""
+
+    async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+    async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+
+class RunningJob:
+    """The identity of a job while it runs, and what it has used so far."""
+
+    __slots__ = ("attempts", "depth", "host", "key", "name", "waited")
+
+    def __init__(self, host: Host, name: str, key: object, depth: int) -> None:
+        self.host = host
+        self.name = name
+        """The function's name."""
+        self.key = key
+        """What `key=` said of the item; None without it."""
+        self.depth = depth
+        """0 for a job of the program, 1 for a job submitted by such a job, and so on."""
+        self.attempts = 0
+        """Attempts of round trips so far."""
+        self.waited = 0.0
+        """Seconds waited so far for permits and back-off."""
+
+    def __repr__(self) -> str:
+        return f"<job {self.name}{'' if self.key is None else f' key={self.key!r}'}>"
+
+
+_current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=None)
+
+current_job = _current.get
+"""The job whose code is running, or None outside any job. Any thread that runs for the job."""
+
+enter = _current.set
+"""Make a job the current one, in the context that is current. For the executor alone."""
+
+
+def host_of_current_job(wanted: str) -> Host:
+    """The executor of the current job.
+
+    Raises:
+        UsageError: outside a job, where nobody says which executor is meant.
+    """
+    job = _current.get()
+    if job is None:
+        raise UsageError(
+            f"penstock.{wanted} was called outside a job, so it cannot know which executor is meant. "
+            f"Write `await executor.{wanted}(...)`."
+        )
+    return job.host

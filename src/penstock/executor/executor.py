@@ -1,0 +1,447 @@
+"""The executor: one object that takes jobs and items, and the states it goes through.
+
+    new --async with--> open --shutdown or leaving--> draining --nothing runs--> closed
+
+While it drains it takes nothing new from outside, but jobs that are still running may submit jobs of their own, since
+they could not end without them. Leaving by an exception cancels what runs instead.
+
+Everything belongs to the thread of the event loop on which it was opened.
+"""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast, overload
+
+from penstock.callables import check_function, is_async, name_of
+from penstock.context import current_job
+from penstock.errors import ClosedError, TooManyErrors, UsageError, WrongLoop, WrongThread
+from penstock.events import Instrument
+from penstock.executor.active import ActiveJob, perform
+from penstock.executor.definition import Job
+from penstock.executor.feed import Feed
+from penstock.executor.running import PATIENCE, RunningJobs
+from penstock.executor.slots import Holder
+from penstock.executor.stream import Stream
+from penstock.histogram import Distribution
+from penstock.outcome import FailureKind, Outcome
+from penstock.report import INTERRUPTED, TOO_MANY_ERRORS, Report, Tally
+from penstock.threads.lane import Lane, LaneStatistics
+
+T = TypeVar("T")
+I = TypeVar("I")  # noqa: E741  # the item
+Items = Iterable[I] | AsyncIterable[I]
+Function = Callable[..., Awaitable[T]] | Callable[..., T]
+
+DEFAULT_LIMIT = 256
+"""Job slots. Arbitrary, because: until gates measure it, twice a gate's default limit, so that half the jobs can
+process answers or wait for a retry while the gate stays busy."""
+DEFAULT_THREADS = 32
+"""Arbitrary, because: the cap of the stdlib's own default, `min(32, cpus + 4)`; a blocked thread costs no CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorStatistics:
+    """An executor as it was at the time of asking. Durations are seconds."""
+
+    limit: int
+    """Job slots."""
+    jobs: int
+    """Jobs that have a task: running, or submitted and waiting for a slot."""
+    done: int
+    failed: dict[FailureKind, int]
+    """Failed jobs by kind."""
+    cancelled: int
+    """Jobs that were cancelled from outside."""
+    ran: Distribution
+    """How long successful jobs took."""
+    threads: LaneStatistics | None
+    """The lane for blocking calls; None before its first call."""
+    cpu: LaneStatistics | None
+    """The lane for response processing; None before its first call."""
+
+
+class Executor:
+    """Runs jobs: many at once, never more than `limit`, each in a task and a context of its own.
+
+        async with Executor() as executor:
+            async with executor.as_completed(score, records, key=by_id) as stream:
+                async for outcome in stream: ...
+
+    Leaving the block drains: what is in flight is finished. Leaving it by an exception cancels.
+
+    Jobs may submit jobs, to any depth and any number: a child takes a free slot, else runs on the slot of its parent.
+
+    Args:
+        limit: jobs that run at once. None is 256.
+        threads: blocking calls that run at once, in threads made when they are needed. None is 32.
+        instruments: who is told of each job's end; see `penstock.events.Instrument`.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    def __init__(
+        self, *, limit: int | None = None, threads: int | None = None, instruments: Sequence[Instrument] = ()
+    ) -> None:
+        self._limit = _at_least_one("limit", limit, DEFAULT_LIMIT)
+        self._threads = _at_least_one("threads", threads, DEFAULT_THREADS)
+        self._instruments = instruments
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._jobs: RunningJobs | None = None
+        self._feeds: set[Feed] = set()
+        self._blocking: Lane | None = None
+        self._cpu: Lane | None = None
+        self._draining = False
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "draining" if self._draining else "open" if self._jobs else "new"
+        return f"<Executor {state} limit={self._limit} jobs={len(self._jobs or ())}>"
+
+    async def __aenter__(self) -> Self:
+        if self._jobs is not None:
+            raise UsageError("this executor has been opened before. Make a new Executor() for each `async with`.")
+        self._loop = asyncio.get_running_loop()
+        self._jobs = RunningJobs(self._loop, self._limit, self._instruments)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.shutdown(timeout=None if error is None else 0.0)
+
+    def submit(self, fn: Function[T], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]":
+        """Run `fn(*args, **kwargs)` as a job; return its future.
+
+        `fn` is an async function, or a plain one, which runs in a thread. The job starts when it gets a slot; the
+        queue of jobs that wait for one has no bound, and each costs about 2 kB: use `map` for many items. Cancelling
+        the future cancels the job. Never blocks. Loop thread only.
+
+        Raises:
+            UsageError: `fn` is a coroutine object or not callable.
+            ClosedError: the executor is not open, or has been shut down.
+            WrongThread, WrongLoop: called from elsewhere than the executor's loop thread.
+        """
+        jobs = self._ready_for("submit", fn)
+        job = self._job_maker(fn, self._lender())()
+        job.args, job.kwargs = args, kwargs
+        return jobs.start(job, body=_perform_in_turn(jobs, job))
+
+    @overload
+    def map(
+        self, fn: Callable[..., Awaitable[T]], /, *iterables: Items[Any], buffersize: int | None = None,
+        timeout: float | None = None,
+    ) -> Stream[T]: ...  # fmt: skip
+
+    @overload
+    def map(
+        self, fn: Callable[..., T], /, *iterables: Items[Any], buffersize: int | None = None,
+        timeout: float | None = None,
+    ) -> Stream[T]: ...  # fmt: skip
+
+    def map(
+        self, fn: Callable[..., Any], /, *iterables: Items[Any], buffersize: int | None = None,
+        timeout: float | None = None,
+    ) -> Stream[Any]:  # fmt: skip
+        """`fn` of every item, in input order: await the stream for a list, or iterate it.
+
+        The first error of a job, in input order, is raised and closes the stream. Several iterables are taken side by
+        side, to the end of the shortest, as the built-in `map` does.
+
+        Args:
+            fn: an async function, or a plain one, which runs in threads.
+            iterables: any iterable or async iterable, also an endless one. It is pulled when there is a slot, on the
+                loop thread: wrap a source that blocks in `penstock.pull_in_thread`.
+            buffersize: items taken from the source and not yet read at the other end; None is twice the limit.
+            timeout: seconds for each job, counted from its start.
+
+        Raises:
+            UsageError, ClosedError, WrongThread, WrongLoop: as `submit`, and for items that are not iterable.
+        """
+        if not iterables:
+            raise UsageError("found no items. Write `executor.map(fn, items)`.")
+        for items in iterables:
+            _check_items(items)
+        spread = len(iterables) > 1
+        source = side_by_side(*iterables) if spread else iterables[0]
+        start = self._feed(
+            "map", fn, source, key=None, buffersize=buffersize, timeout=timeout, max_errors=None, ordered=True,
+            spread=spread,
+        )  # fmt: skip
+        return Stream(start, Outcome.unwrap)
+
+    def as_completed(
+        self, fn: Callable[[I], Any], items: Items[I], /, *, key: Callable[[I], Any] | None = None,
+        buffersize: int | None = None, timeout: float | None = None, max_errors: float | None = None,
+    ) -> Stream[Outcome[Any]]:  # fmt: skip
+        """`fn` of every item, as `Outcome`s in the order in which they finish; never raises a job's error.
+
+        Args:
+            fn, items, buffersize, timeout: as for `map`.
+            key: gives each item the key that its outcome, logs and errors carry.
+            max_errors: an int: how many jobs may fail; a float: which share of the finished ones may, judged from the
+                100th on. When more fail, no more items are taken, what is in flight is finished and delivered, and
+                `TooManyErrors` is raised.
+
+        Raises:
+            UsageError, ClosedError, WrongThread, WrongLoop: as `map`.
+        """
+        _check_items(items)
+        if key is not None and not callable(key):
+            raise UsageError(f"key={key!r}: expected a function of the item, such as operator.itemgetter('id').")
+        if max_errors is not None and (isinstance(max_errors, bool) or not 0 <= max_errors < float("inf")):
+            raise UsageError(f"max_errors={max_errors!r}: expected a count (int) or a share (float) of at least 0.")
+        start = self._feed(
+            "as_completed", fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors,
+            ordered=False, spread=False,
+        )  # fmt: skip
+        return Stream(start, lambda outcome: outcome)
+
+    async def run(
+        self, job: Job[Any] | Callable[[I], Any], items: Items[I], /, *, key: Callable[[I], Any] | None = None,
+        buffersize: int | None = None, timeout: float | None = None, max_errors: float | None = None,
+    ) -> Report:  # fmt: skip
+        """Run a job over all items and report what became of them; values are dropped.
+
+        Args:
+            job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
+            items, key, buffersize, timeout, max_errors: as for `as_completed`. `max_errors` and a shutdown end the run
+                early; the report says so (`stopped`).
+
+        Raises:
+            UsageError, ClosedError, WrongThread, WrongLoop: as `as_completed`.
+            Exception: what the source raised, or the job's opening or closing.
+        """
+        opened: AbstractAsyncContextManager[Any] = job.open() if isinstance(job, Job) else nullcontext(job)
+        async with opened as fn:
+            return await _tally(self.as_completed(
+                fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors
+            ))  # fmt: skip
+
+    async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run a blocking call in a thread of this executor and return its value; context variables go along.
+
+        **Cancellation**: a call that has no thread yet is given up; one that runs is abandoned: the caller goes on,
+        and the thread keeps its place until it really ends. **Threads**: loop thread only.
+
+        Raises:
+            ClosedError: the executor is not open or has been shut down.
+            Exception: what `fn` raised.
+        """
+        self._check_open("to_thread")
+        if self._blocking is None:
+            self._blocking = Lane("thread", self._threads)
+        return await self._blocking.call(fn, *args, **kwargs)
+
+    async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run response processing off the loop and return its value: like `to_thread`, in the CPU lane.
+
+        The lane has one thread where the interpreter has a GIL, since more of them only slow the loop down, and one
+        for each core where it has none. Blocking calls do not belong here.
+        """
+        self._check_open("compute")
+        if self._cpu is None:
+            self._cpu = Lane("compute", _cores())
+        return await self._cpu.call(fn, *args, **kwargs)
+
+    def statistics(self) -> ExecutorStatistics:
+        """What is going on. Loop thread only."""
+        jobs = self._opened()
+        return ExecutorStatistics(
+            limit=self._limit,
+            jobs=len(jobs),
+            done=jobs.done,
+            failed=dict(jobs.failed),
+            cancelled=jobs.cancelled,
+            ran=jobs.ran.snapshot(),
+            threads=None if self._blocking is None else self._blocking.statistics(),
+            cpu=None if self._cpu is None else self._cpu.statistics(),
+        )
+
+    async def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
+        """Take nothing new and finish what is in flight.
+
+        Streams stop pulling: their readers get what was in flight, then `ClosedError` if items were left in the source.
+
+        Args:
+            wait: False returns at once, and what is in flight goes on.
+            cancel_futures: cancel submitted jobs that have not started.
+            timeout: seconds after which what still runs is cancelled, 0 at once; None waits as long as it takes.
+
+        **Cancellation** while it waits cancels what runs, waits for that at most 5 s, and goes on. Calling it again is
+        fine. **Threads**: loop thread only.
+        """
+        jobs = self._opened()
+        self._check_loop("shutdown")
+        self._draining = True
+        for feed in [feed for feed in self._feeds if not feed.nested]:
+            feed.stop(ClosedError("the executor was shut down before the source was read to its end"))
+        if cancel_futures:
+            jobs.cancel(lambda job: not job.holds)
+        if not wait:
+            return
+        try:
+            if await jobs.wait(timeout):
+                await self._feeds_over()
+            else:
+                await self._cancel(jobs)
+        except asyncio.CancelledError:
+            await self._cancel(jobs)
+            raise
+        finally:
+            self._close()
+
+    async def _cancel(self, jobs: RunningJobs) -> None:
+        for feed in list(self._feeds):
+            feed.cancel()
+        jobs.cancel()
+        if not await jobs.wait(PATIENCE):
+            jobs.complain()
+        await self._feeds_over()
+
+    async def _feeds_over(self) -> None:
+        """Wait for the pullers, which end as soon as they are cancelled unless their source does not let them."""
+        for feed in list(self._feeds):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PATIENCE):
+                    await feed.over.wait()
+
+    def _close(self) -> None:
+        self._closed = True
+        for lane in (self._blocking, self._cpu):
+            if lane is not None:
+                lane.close()
+
+    def _feed(
+        self, call: str, fn: Callable[..., Any], source: Items[Any], *, key: Callable[[Any], Any] | None,
+        buffersize: int | None, timeout: float | None, max_errors: float | None, ordered: bool, spread: bool,
+    ) -> Callable[[], Feed]:  # fmt: skip
+        self._ready_for(call, fn)
+        window = _at_least_one("buffersize", buffersize, 2 * self._limit)
+        if timeout is not None and timeout <= 0:
+            raise UsageError(f"timeout={timeout!r}: expected seconds above 0, or None for no limit.")
+
+        def start() -> Feed:
+            jobs = self._ready_for(call, fn)
+            lender = self._lender()
+            feed = Feed(
+                jobs, source, self._job_maker(fn, lender, timeout), spread=spread, key=key, window=window,
+                ordered=ordered, max_errors=max_errors, nested=lender is not None, on_over=self._feeds.discard,
+            )  # fmt: skip
+            self._feeds.add(feed)
+            return feed
+
+        return start
+
+    def _lender(self) -> Holder | None:
+        """The current job, if it is one of ours: its children may run on its slot."""
+        job = current_job()
+        return job if isinstance(job, Holder) and job.host is self else None
+
+    def _job_maker(
+        self, fn: Callable[..., Any], lender: Holder | None, timeout: float | None = None
+    ) -> Callable[[], ActiveJob]:
+        run = fn if is_async(fn) else partial(self.to_thread, fn)
+        return partial(ActiveJob, self, lender, name_of(fn), run, timeout=timeout)
+
+    def _ready_for(self, call: str, fn: Callable[..., Any]) -> RunningJobs:
+        if isinstance(fn, Job):
+            raise UsageError(f"found {fn!r}, which opens resources. Write `await executor.run({fn.__name__}, items)`.")
+        check_function(fn, f"executor.{call}")
+        return self._check_open(call)
+
+    def _check_open(self, call: str) -> RunningJobs:
+        jobs = self._opened()
+        self._check_loop(call)
+        if self._closed or (self._draining and self._lender() is None):
+            raise ClosedError(
+                f"executor.{call}() was called after shutdown. Call it inside `async with Executor() as executor:`."
+            )
+        return jobs
+
+    def _opened(self) -> RunningJobs:
+        if self._jobs is None:
+            raise ClosedError("this executor is not open yet. Write `async with Executor() as executor:`.")
+        return self._jobs
+
+    def _check_loop(self, call: str) -> None:
+        loop = asyncio._get_running_loop()
+        if loop is self._loop:
+            return
+        if loop is None:
+            raise WrongThread(
+                f"executor.{call}() was called from a thread without the executor's event loop. "
+                f"Call it in a coroutine on that loop, or hand it over with `loop.call_soon_threadsafe`."
+            )
+        raise WrongLoop(
+            f"executor.{call}() was called on another event loop than the one it was opened on. "
+            f"Open one executor for each loop."
+        )
+
+
+async def _perform_in_turn(jobs: RunningJobs, job: ActiveJob) -> Any:
+    await jobs.slots.take(job)
+    return await perform(job)
+
+
+async def _tally(stream: Stream[Outcome[Any]]) -> Report:
+    tally = Tally()
+    started = asyncio.get_running_loop().time()
+    stopped: str | None = None
+    async with stream:
+        try:
+            async for outcome in stream:
+                tally.add(outcome)
+        except TooManyErrors:
+            stopped = TOO_MANY_ERRORS
+        except ClosedError:
+            stopped = INTERRUPTED
+        counts = stream.statistics()
+    return tally.report(
+        read=counts.read, left=counts.left, stopped=stopped, elapsed=asyncio.get_running_loop().time() - started
+    )
+
+
+async def _async_side_by_side(iterables: tuple[Items[Any], ...]) -> AsyncIterator[tuple[Any, ...]]:
+    iterators = [aiter(items) if isinstance(items, AsyncIterable) else iter(items) for items in iterables]
+    while True:
+        row = []
+        for iterator in iterators:
+            try:
+                row.append(await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator))
+            except (StopIteration, StopAsyncIteration):
+                return
+        yield tuple(row)
+
+
+def side_by_side(*iterables: Items[Any]) -> Items[tuple[Any, ...]]:
+    """`zip`, also for async iterables."""
+    if any(isinstance(items, AsyncIterable) for items in iterables):
+        return _async_side_by_side(iterables)
+    return zip(*cast("tuple[Iterable[Any], ...]", iterables), strict=False)
+
+
+def _check_items(items: object) -> None:
+    if not isinstance(items, Iterable | AsyncIterable):
+        raise UsageError(
+            f"found {items!r:.100} as items, expected an iterable or an async iterable: a list, a generator, a file."
+        )
+
+
+def _at_least_one(name: str, value: int | None, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(f"{name}={value!r}: expected a whole number of at least 1, or None for the default.")
+    return value
+
+
+def _cores() -> int:
+    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return 1 if gil else os.cpu_count() or 1

@@ -1,0 +1,352 @@
+"""The gate in front of a service: permits, retries, time-outs, one queue per service key.
+
+The way of one round trip:
+
+    call -> [queue of the key: permit] -> attempt, under its timeout -> permit back -> value
+                 ^                            | failed
+                 |                            v
+                 +---- due again <---- back-off, holding nothing <---- policy: may it be repeated?
+
+Guarantees: a permit is held while an attempt runs and at no other time (for `permit()` and `begin()`: until it is
+given back); a server's `Retry-After` pauses the whole key, not just the call that heard it; `CancelledError` is never
+retried, swallowed or turned into anything else; the last error is raised as it came, with its attempts as a note.
+
+Everything here belongs to the loop thread.
+"""
+
+import asyncio
+import random
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from types import TracebackType
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from penstock.callables import check_function, is_async, name_of, refuse_coroutine
+from penstock.context import RunningJob, current_job, host_of_current_job
+from penstock.errors import AttemptTimeout, UsageError, WrongLoop
+from penstock.gate.retry import Retry, RetryPolicy
+from penstock.gate.server_hints import hint_of
+from penstock.gate.service import KeyStatistics, Service
+from penstock.outcome import FailureKind, classify
+from penstock.report import first_line
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+DEFAULT_LIMIT = 128
+"""Arbitrary, because: no fixed number fits an unknown service. 128 keeps one loop busy at 50 ms a round trip."""
+DEFAULT_TIMEOUT = 60.0
+"""Seconds. Arbitrary, because: longer than a sound service takes, shorter than a person's patience."""
+MOST_IDLE_KEYS = 1_024
+"""Arbitrary, because: it bounds memory when keys come and go; a key in use is never dropped."""
+HINT_JITTER = 0.1
+"""Share of a server's wait by which it is lengthened at random, so that not all clients come back at once."""
+
+
+class RoundTrip(Protocol[T_co]):
+    """One exchange with a service that a gate can attempt several times."""
+
+    async def attempt(self) -> T_co:
+        """Do it once."""
+        ...
+
+    def repeatable(self, error: Exception) -> bool:
+        """Whether doing it again after `error` cannot do harm."""
+        ...
+
+    def __str__(self) -> str: ...
+
+
+class Gate:
+    """Guards calls to a service: caps what is in flight, retries what may be retried, gives each attempt its time.
+
+    A gate is cheap, needs no opening or closing, and may be shared by all jobs of one event loop.
+
+        gate = Gate("geocoder", limit=20, retry=Retry(attempts=4), timeout=5.0)
+        place = await gate.call(geocode, address)
+
+    Args:
+        name: what it is called in errors and statistics.
+        limit: round trips in flight at once, for each key.
+        retry: the policy; `Retry(attempts=1)` for none.
+        timeout: seconds for one attempt, counted from its admission; None for no limit.
+        key: a function that is given the arguments of `call` and returns the service key (any hashable). Each key
+            has a queue, a limit and pauses of its own. None: one key for all calls.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        limit: int = DEFAULT_LIMIT,
+        retry: Retry | None = None,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        key: Callable[..., Hashable] | None = None,
+    ) -> None:
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise UsageError(f"limit={limit!r}: expected a whole number of at least 1 (round trips in flight).")
+        if timeout is not None and timeout <= 0:
+            raise UsageError(f"timeout={timeout!r}: expected seconds above 0, or None for no limit.")
+        self.name = name
+        self.retry = Retry() if retry is None else retry
+        self._limit = limit
+        self._timeout = timeout
+        self._key = key
+        self._policy = RetryPolicy(self.retry)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._services: OrderedDict[Hashable, Service] = OrderedDict()
+
+    def __repr__(self) -> str:
+        in_flight = sum(service.in_flight for service in self._services.values())
+        waiting = sum(service.waiting for service in self._services.values())
+        return f"<Gate {self.name!r} limit={self._limit} keys={len(self._services)} {in_flight=} {waiting=}>"
+
+    async def call(self, fn: Callable[..., Awaitable[T]] | Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Call `fn(*args, **kwargs)` through the gate and return its value.
+
+        `fn` is called once for each attempt, so it must be a function and not a coroutine object. A plain function
+        runs in a thread of the current job's executor.
+
+        **Cancellation**: the attempt or the wait is cancelled; nothing is retried, nothing stays taken.
+        **Threads**: loop thread only.
+
+        Raises:
+            AttemptTimeout: the last attempt, or all attempts with their waits, took too long.
+            UsageError: `fn` cannot be called, or returned a coroutine that nobody awaits.
+            Exception: what the last attempt raised, unchanged, with a note on all attempts.
+        """
+        check_function(fn, "gate.call")
+        key = None if self._key is None else self._key(*args, **kwargs)
+        return await self.perform(_FunctionCall(fn, args, kwargs), key)
+
+    def permit(self, *, key: Hashable = None) -> "_Permit":
+        """A permit for a round trip that you do yourself: `async with gate.permit(): ...`.
+
+        Waits in the key's queue and holds the permit until the block is left. No retry, no timeout. A job that takes a
+        second permit of the same key while it holds one may wait for itself.
+
+        **Cancellation**: gives the permit, or the place in the queue, back. **Threads**: loop thread only.
+        """
+        return _Permit(self, key)
+
+    def statistics(self) -> dict[Hashable, KeyStatistics]:
+        """What is going on, by service key. Any thread, though only the loop thread sees numbers of one moment."""
+        return {key: service.statistics() for key, service in list(self._services.items())}
+
+    async def perform(self, trip: RoundTrip[T], key: Hashable = None) -> T:
+        """Like `call`, for a `RoundTrip` that knows itself what may be repeated."""
+        service = self.service(key)
+        value = await self.begin(trip, service)
+        service.give_back()
+        return value
+
+    def service(self, key: Hashable) -> Service:
+        """The queue of a service key, made at first use."""
+        if asyncio.get_running_loop() is not self._loop:
+            self._move_to(asyncio.get_running_loop())
+        service = self._services.get(key)
+        return self._add(key) if service is None else service
+
+    async def begin(self, trip: RoundTrip[T], service: Service) -> T:
+        """Attempt `trip` until it works; return its value with the permit still held: `service.give_back()` is owed."""
+        job = current_job()
+        now = service.now
+        asked = now()
+        deadline = None if self._policy.timeout is None else asked + self._policy.timeout
+        history: list[str] = []
+        while True:
+            if not service.take_nowait():
+                await self._wait_for_permit(trip, service, job, deadline, history)
+            started = now()
+            service.attempts += 1
+            if job is not None:
+                job.attempts += 1
+            try:
+                value = await self._attempt(trip, self._time_for_attempt(deadline, started))
+            except Exception as error:  # noqa: BLE001  # raised again below unless it is retried
+                failure = error
+                service.give_back()
+            except BaseException:
+                service.give_back()
+                raise
+            else:
+                service.count_success(now() - started)
+                return value
+            try:
+                service.count_failure(failure)
+                history.append(f"attempt {len(history) + 1}, after {now() - started:.3f} s: {first_line(failure)}")
+                back_off = self._back_off(trip, service, failure, history, asked, deadline)
+                if back_off is None:
+                    raise failure
+            finally:
+                del failure  # its traceback holds this frame: a cycle that would keep the job's data alive
+            await _sleep(back_off, job)
+            service.retries += 1
+
+    def _back_off(
+        self,
+        trip: RoundTrip[Any],
+        service: Service,
+        failure: Exception,
+        history: list[str],
+        asked: float,
+        deadline: float | None,
+    ) -> float | None:
+        """Seconds until the next attempt; None, with a note on `failure`, when there is to be none.
+
+        The key is paused as the server asks either way: others are about to call it too.
+        """
+        hint = hint_of(failure) if classify(failure) is FailureKind.THROTTLED else None
+        if hint is not None:
+            hint *= 1.0 + random.uniform(0.0, HINT_JITTER)
+            service.pause(hint)
+        now, number = service.now(), len(history)
+        refusal = self._policy.refuses(failure, number, asked, now)
+        if refusal is None and not trip.repeatable(failure):
+            refusal = "it may have been carried out, and is not declared idempotent"
+        if refusal is None:
+            back_off = max(self._policy.back_off(failure, number, asked, now), hint or 0.0)
+            if deadline is None or now + back_off < deadline:
+                return back_off
+            refusal = f"the next attempt would start in {back_off:.1f} s, after the end of Retry(timeout=)"
+        failure.add_note(self._account(refusal, history))
+        return None
+
+    def _account(self, why: str, history: list[str]) -> str:
+        return "\n  ".join([f"gate {self.name!r} gave up: {why}", *history])
+
+    async def _attempt(self, trip: RoundTrip[T], timeout: float | None) -> T:
+        if timeout is None:
+            return await trip.attempt()
+        try:
+            async with asyncio.timeout(timeout) as scope:
+                return await trip.attempt()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise AttemptTimeout(f"{trip}: no answer within {timeout:g} s (timeout of one attempt)") from error
+
+    def _time_for_attempt(self, deadline: float | None, started: float) -> float | None:
+        if deadline is None:
+            return self._timeout
+        left = deadline - started
+        return left if self._timeout is None or left < self._timeout else self._timeout
+
+    async def _wait_for_permit(
+        self,
+        trip: RoundTrip[Any],
+        service: Service,
+        job: RunningJob | None,
+        deadline: float | None,
+        history: list[str],
+    ) -> None:
+        asked = service.now()
+        try:
+            async with asyncio.timeout_at(deadline):
+                await service.take(again=bool(history))
+        except TimeoutError as error:
+            late = AttemptTimeout(
+                f"{trip}: got none of the {service.limit} permits of gate {self.name!r} in {service.now() - asked:g} s"
+            )
+            late.add_note(self._account("Retry(timeout=) was over before the attempt could start", history))
+            raise late from error
+        finally:
+            if job is not None:
+                job.waited += service.now() - asked
+
+    def _add(self, key: Hashable) -> Service:
+        assert self._loop is not None, "service() has bound the loop"
+        if len(self._services) >= MOST_IDLE_KEYS:
+            self._drop_idle_keys()
+        service = self._services[key] = Service(self._loop, self._limit)
+        return service
+
+    def _drop_idle_keys(self) -> None:
+        # Half of them at once, so that the search through the keys in use is not paid for each new key.
+        idle = [key for key, service in self._services.items() if service.idle]
+        for key in idle[: MOST_IDLE_KEYS // 2]:
+            del self._services[key]
+
+    def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Belong to `loop` from now on; a gate outlives the loop of one `asyncio.run`, but serves one at a time."""
+        old = self._loop
+        if old is not None and not old.is_closed() and any(not s.idle for s in self._services.values()):
+            raise WrongLoop(
+                f"gate {self.name!r} is in use on another event loop. A gate serves one loop at a time: "
+                f"make one gate for each loop, or finish there first."
+            )
+        self._loop = loop
+        self._services.clear()
+
+
+class _FunctionCall(Generic[T]):
+    """A call of the user's function as a round trip."""
+
+    __slots__ = ("args", "fn", "kwargs")
+
+    def __init__(
+        self, fn: Callable[..., Awaitable[T]] | Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.fn = fn
+        self.args = args
+        self.kwargs = kwargs
+
+    async def attempt(self) -> T:
+        if is_async(self.fn):
+            value = await cast("Awaitable[T]", self.fn(*self.args, **self.kwargs))
+        else:
+            value = await host_of_current_job("to_thread").to_thread(
+                cast("Callable[..., T]", self.fn), *self.args, **self.kwargs
+            )
+        refuse_coroutine(value, self)
+        return value
+
+    def repeatable(self, _error: Exception) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return name_of(self.fn)
+
+
+class _Permit:
+    """What `Gate.permit` returns: an async context manager for one permit."""
+
+    __slots__ = ("_gate", "_key", "_service")
+
+    def __init__(self, gate: Gate, key: Hashable) -> None:
+        self._gate = gate
+        self._key = key
+        self._service: Service | None = None
+
+    async def __aenter__(self) -> None:
+        service = self._gate.service(self._key)
+        if self._service is not None:
+            raise UsageError("this permit is already held. Call gate.permit() once for each `async with`.")
+        if not service.take_nowait():
+            job = current_job()
+            asked = service.now()
+            try:
+                await service.take()
+            finally:
+                if job is not None:
+                    job.waited += service.now() - asked
+        self._service = service
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._service is not None, "entered before it is left"
+        service, self._service = self._service, None
+        service.give_back()
+
+
+async def _sleep(duration: float, job: RunningJob | None) -> None:
+    started = asyncio.get_running_loop().time()
+    try:
+        await asyncio.sleep(duration)
+    finally:
+        if job is not None:
+            job.waited += asyncio.get_running_loop().time() - started

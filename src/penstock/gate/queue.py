@@ -1,0 +1,103 @@
+"""The queue in front of one service key: who may start the next round trip.
+
+Purpose: admit at most `limit` round trips at once, first in, first out, with retries that are due before fresh work,
+and nobody while the key is paused. What is waited for is checked at the head of one queue and taken in one step, so
+no permit is ever held by someone who waits for something else.
+
+Guarantees: a permit is either taken by a caller that runs, or free. A waiter that is cancelled in the very tick in
+which it was admitted hands its permit on. A cancelled waiter leaves nothing behind, however long a pause lasts.
+
+All of it belongs to the loop thread; nothing here may be called from another.
+
+An `asyncio.Semaphore` would count as well, but it cannot put a due retry before fresh work, nor hold its queue back
+while a server asks for a pause without letting late comers overtake.
+"""
+
+import asyncio
+from collections import OrderedDict
+
+
+class KeyQueue:
+    """Permits of one service key, and who waits for them."""
+
+    __slots__ = ("_due", "_fresh", "_loop", "_paused_until", "_resume", "in_flight", "limit", "now")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._loop = loop
+        self.now = loop.time
+        self.limit = limit
+        self.in_flight = 0
+        self._fresh: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._due: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._paused_until = 0.0
+        self._resume: asyncio.TimerHandle | None = None
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a permit."""
+        return len(self._fresh) + len(self._due)
+
+    @property
+    def idle(self) -> bool:
+        """True when nobody uses it, nobody waits and no pause is remembered."""
+        return not (self.in_flight or self._fresh or self._due or self._resume)
+
+    @property
+    def paused_for(self) -> float:
+        """Seconds until the key may be used again; 0 when it may be."""
+        return 0.0 if self._resume is None else max(0.0, self._paused_until - self.now())
+
+    def take_nowait(self) -> bool:
+        """Take a permit if one is free and nobody is before us."""
+        if self.in_flight >= self.limit or self._fresh or self._due or self._resume is not None:
+            return False
+        self.in_flight += 1
+        return True
+
+    async def take(self, *, again: bool = False) -> None:
+        """Wait for a permit and take it. With `again`, wait before all fresh work: the retry is due.
+
+        Cancellation: the place in the queue is given up, and so is a permit granted in the same tick.
+        """
+        if self.take_nowait():
+            return
+        queue = self._due if again else self._fresh
+        admitted = self._loop.create_future()
+        queue[admitted] = None
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            if admitted.cancelled():
+                queue.pop(admitted, None)
+            else:
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Return a permit; the next in line gets it."""
+        self.in_flight -= 1
+        self._admit()
+
+    def pause(self, duration: float) -> None:
+        """Admit nobody for `duration` seconds. A longer pause that is under way stays."""
+        until = self.now() + duration
+        if duration <= 0 or until <= self._paused_until:
+            return
+        self._paused_until = until
+        if self._resume is not None:
+            self._resume.cancel()
+        self._resume = self._loop.call_at(until, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._resume = None
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.in_flight < self.limit and self._resume is None:
+            queue = self._due or self._fresh
+            if not queue:
+                return
+            admitted, _ = queue.popitem(last=False)
+            if not admitted.done():  # cancelled, and its task has not run yet to leave the queue
+                self.in_flight += 1
+                admitted.set_result(None)

@@ -1,0 +1,172 @@
+"""When to ask again: tenacity's strategy objects are the language, the attempt loop is the gate's own.
+
+tenacity's engine (`AsyncRetrying`) is not used: an object shared by concurrent tasks mixes up their attempts, and it
+costs tens of microseconds a call that never fails (`tests/benchmarks/client.py` prints it). Its strategies are pure
+functions of a `RetryCallState`, which is made here after the first failure only, with times of the loop's clock.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from tenacity import AsyncRetrying, Future, RetryCallState, retry_all, retry_any, retry_base, stop_after_attempt
+from tenacity.retry import retry_if_not_result, retry_if_result
+from tenacity.stop import stop_base
+from tenacity.wait import wait_base, wait_fixed
+
+from penstock.errors import UsageError
+from penstock.outcome import FailureKind, classify
+
+On: TypeAlias = (
+    FailureKind
+    | type[Exception]
+    | Collection[FailureKind | type[Exception]]
+    | Callable[[BaseException], bool]
+    | retry_base
+)
+"""What may be retried: kinds, classes of exceptions, several of them, a predicate, or a tenacity `retry` object."""
+
+FIRST_WAIT = 0.05
+"""Seconds. botocore's base for transient errors in its retry mode of 2026."""
+FIRST_WAIT_THROTTLED = 1.0
+"""Seconds. botocore's base for throttling errors in its retry mode of 2026."""
+LONGEST_WAIT = 20.0
+"""Seconds. botocore's cap."""
+ATTEMPTS = 3
+"""As botocore's standard mode and Google's SRE book ("Handling Overload")."""
+TOTAL_TIMEOUT = 600.0
+"""Seconds. Arbitrary, because: a batch should outlast a `Retry-After` of minutes, and still end."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often, for how long and after which failures a round trip is asked again. A plain value.
+
+    Comparable, picklable, safe to share between any number of tasks and gates.
+
+    Args:
+        attempts: executions of the round trip at most, the first one counted. 1 means no retry.
+        timeout: seconds for all attempts with their waits, counted from first asking; None for no limit.
+            An attempt that cannot start in time is not waited for.
+        wait: seconds of back-off, or a tenacity `wait` object. None is full jitter: a random time between 0 and
+            `min(20, base * 2 ** (attempt - 1))`, base 0.05 s, and 1 s after throttling (the formula is "full jitter"
+            of the AWS Architecture Blog, "Exponential Backoff And Jitter"). A server's `Retry-After` is never undercut.
+        on: what may be retried: a `FailureKind`, an exception class, a collection of these, a predicate
+            `error -> bool`, or a tenacity `retry` object. None is throttled and transient.
+        stop: a tenacity `stop` object, asked in addition to `attempts`.
+
+    Raises:
+        UsageError: a value that cannot work.
+    """
+
+    attempts: int = ATTEMPTS
+    timeout: float | None = TOTAL_TIMEOUT
+    wait: float | wait_base | None = None
+    on: On | None = None
+    stop: stop_base | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
+            raise UsageError(
+                f"Retry(attempts={self.attempts!r}): expected a whole number of at least 1. "
+                f"Write Retry(attempts=1) for no retry; a tenacity stop object goes to stop=."
+            )
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"Retry(timeout={self.timeout!r}): expected seconds above 0, or None for no limit.")
+        if isinstance(self.wait, int | float) and self.wait < 0:
+            raise UsageError(f"Retry(wait={self.wait!r}): expected seconds of at least 0.")
+        _refuse_what_cannot_be_asked(self.on)
+
+
+def _refuse_what_cannot_be_asked(on: object) -> None:
+    if inspect.iscoroutinefunction(on) or inspect.iscoroutinefunction(type(on).__call__):
+        raise UsageError(f"Retry(on={on!r}): an async predicate cannot be asked; write a plain function.")
+    if isinstance(on, retry_if_result | retry_if_not_result):
+        raise UsageError(
+            f"Retry(on={type(on).__name__}(...)) asks about values; round trips are retried after errors. "
+            f"Raise an exception for such a value, and name its class in on=."
+        )
+    if isinstance(on, retry_any | retry_all):
+        for part in on.retries:
+            _refuse_what_cannot_be_asked(part)
+
+
+class wait_full_jitter(wait_base):  # tenacity's way of naming strategies
+    """Full jitter, with a larger base after throttling; see `Retry`."""
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        throttled = classify(_error_of(retry_state)) is FailureKind.THROTTLED
+        base = FIRST_WAIT_THROTTLED if throttled else FIRST_WAIT
+        exponent = min(retry_state.attempt_number - 1, 30)  # beyond that only the cap counts, and floats overflow
+        return random.uniform(0.0, min(LONGEST_WAIT, base * 2.0**exponent))
+
+
+_ENGINE = AsyncRetrying()  # a RetryCallState wants one; strategies do not look at it
+
+
+class RetryPolicy:
+    """A `Retry`, ready to be asked. Holds no state of a call: one serves any number of concurrent calls."""
+
+    def __init__(self, retry: Retry) -> None:
+        self.timeout = retry.timeout
+        self._attempts = stop_after_attempt(retry.attempts)
+        self._stop = retry.stop
+        self._wait = _wait_strategy(retry.wait)
+        self._wants = _predicate(retry.on)
+
+    def refuses(self, error: Exception, number: int, asked: float, now: float) -> str | None:
+        """Why attempt `number`, which failed with `error`, is not followed by another; None when it may be."""
+        state = _call_state(error, number, asked, now)
+        if not self._wants(state):
+            return f"{classify(error)} errors are not retried here"
+        if self._attempts(state):
+            return f"all {number} attempts used"
+        if self._stop is not None and self._stop(state):
+            return f"{type(self._stop).__name__} said stop"
+        return None
+
+    def back_off(self, error: Exception, number: int, asked: float, now: float) -> float:
+        """Seconds to wait before attempt `number + 1`."""
+        return float(self._wait(_call_state(error, number, asked, now)))
+
+
+def _call_state(error: Exception, number: int, asked: float, now: float) -> RetryCallState:
+    state = RetryCallState(_ENGINE, None, (), {})
+    state.attempt_number = number
+    state.start_time = asked
+    state.outcome_timestamp = now
+    state.outcome = Future.construct(number, error, True)
+    return state
+
+
+def _wait_strategy(wait: float | wait_base | None) -> Callable[[RetryCallState], float]:
+    if wait is None:
+        return wait_full_jitter()
+    return wait_fixed(wait) if isinstance(wait, int | float) else wait
+
+
+def _predicate(on: On | None) -> Callable[[RetryCallState], bool]:
+    if isinstance(on, retry_base):
+        return on
+    return lambda state: _matches(on, _error_of(state))
+
+
+def _matches(on: Any, error: BaseException) -> bool:
+    if on is None:
+        return classify(error) in (FailureKind.THROTTLED, FailureKind.TRANSIENT)
+    if isinstance(on, str):
+        return classify(error) == on
+    if isinstance(on, type):
+        return isinstance(error, on)
+    if isinstance(on, Collection):
+        return any(_matches(part, error) for part in on)
+    return bool(on(error))
+
+
+def _error_of(state: RetryCallState) -> BaseException:
+    assert state.outcome is not None, "a policy is asked after failures only"
+    error = state.outcome.exception()
+    assert error is not None, "a policy is asked after failures only"
+    return error

@@ -1,0 +1,65 @@
+"""What a gate knows of one service key: its queue, and the counts that `statistics()` shows."""
+
+import asyncio
+from dataclasses import dataclass
+
+from penstock.gate.queue import KeyQueue
+from penstock.histogram import Distribution, Histogram
+from penstock.outcome import FailureKind, classify
+
+
+@dataclass(frozen=True, slots=True)
+class KeyStatistics:
+    """One service key of a gate, as it was at the time of asking. Durations are seconds."""
+
+    limit: int
+    in_flight: int
+    waiting: int
+    paused_for: float
+    """Time until the key may be used again, after a `Retry-After`; 0 when it may be used now."""
+    attempts: int
+    retries: int
+    """Attempts after the first of their round trip."""
+    succeeded: int
+    failed: dict[FailureKind, int]
+    """Failed attempts by kind."""
+    latency: Distribution
+    """From admission to the end of the attempt; successful attempts only."""
+
+
+class Service(KeyQueue):
+    """A key's queue, and what has happened there. Loop thread only."""
+
+    __slots__ = ("attempts", "failed", "latency", "retries", "succeeded")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        super().__init__(loop, limit)
+        self.attempts = 0
+        self.retries = 0
+        self.succeeded = 0
+        self.failed: dict[FailureKind, int] = {}
+        self.latency = Histogram()
+
+    def count_success(self, elapsed: float) -> None:
+        """Count an attempt that worked."""
+        self.succeeded += 1
+        self.latency.record(elapsed)
+
+    def count_failure(self, error: BaseException) -> None:
+        """Count an attempt that failed. Its time is no latency: a fast refusal says nothing about speed."""
+        kind = classify(error)
+        self.failed[kind] = self.failed.get(kind, 0) + 1
+
+    def statistics(self) -> KeyStatistics:
+        """A frozen copy of the counts."""
+        return KeyStatistics(
+            limit=self.limit,
+            in_flight=self.in_flight,
+            waiting=self.waiting,
+            paused_for=self.paused_for,
+            attempts=self.attempts,
+            retries=self.retries,
+            succeeded=self.succeeded,
+            failed=dict(self.failed),
+            latency=self.latency.snapshot(),
+        )

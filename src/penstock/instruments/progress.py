@@ -1,0 +1,57 @@
+"""A progress line: how many jobs are done, how many failed, how fast it goes."""
+
+import sys
+from typing import TextIO
+
+from penstock import clock
+from penstock.events import JobEnded
+
+ON_A_TERMINAL = 0.2
+"""Seconds between updates. Arbitrary, because: looks alive, and can still be read."""
+IN_A_FILE = 10.0
+"""Seconds between lines. Arbitrary, because: a log of an hour's run stays below 400 lines."""
+
+
+class ProgressLine:
+    """An instrument that writes progress: one line that renews itself on a terminal, a line now and then elsewhere.
+
+    Args:
+        total: items to come, if it is known.
+        stream: where to write; None is standard error.
+    """
+
+    def __init__(self, total: int | None = None, stream: TextIO | None = None) -> None:
+        self._total = total
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._pause = ON_A_TERMINAL if self._terminal else IN_A_FILE
+        self._started = self._written = clock.steady()
+        self._done = self._failed = self._retries = 0
+
+    def notify(self, event: JobEnded, /) -> None:
+        """Count a job's end, and write if it is time to."""
+        if event.outcome.ok:
+            self._done += 1
+        else:
+            self._failed += 1
+        now = clock.steady()
+        if now - self._written >= self._pause:
+            self._written = now
+            self._write(now)
+
+    def close(self) -> None:
+        """Write the last state, and end the line."""
+        self._write(clock.steady())
+        if self._terminal:
+            self._stream.write("\n")
+        self._stream.flush()
+
+    def _write(self, now: float) -> None:
+        ended = self._done + self._failed
+        of = "" if self._total is None else f" of {self._total:,}"
+        rate = ended / max(now - self._started, 1e-9)
+        text = f"{ended:,}{of} jobs, {self._failed:,} failed, {rate:,.0f}/s"
+        if self._total is not None and 0 < ended < self._total:
+            text += f", {(self._total - ended) / rate:,.0f} s to go"
+        self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
+        self._stream.flush()
