@@ -25,22 +25,23 @@ class Host(Protocol):
 
 
 class RunningJob:
-    """The identity of a job while it runs, and what it has used so far."""
+    """The identity of a job while it runs, and what it has used so far.
 
-    __slots__ = ("attempts", "depth", "host", "key", "name", "waited")
+    What most jobs never change stands on the class: one of these is made for every item.
+    """
 
-    def __init__(self, host: Host, name: str, key: object, depth: int) -> None:
-        self.host = host
-        self.name = name
-        """The function's name."""
-        self.key = key
-        """What `key=` said of the item; None without it."""
-        self.depth = depth
-        """0 for a job of the program, 1 for a job submitted by such a job, and so on."""
-        self.attempts = 0
-        """Attempts of round trips so far."""
-        self.waited = 0.0
-        """Seconds waited so far for permits and back-off."""
+    host: Host
+    """The executor that runs it."""
+    name: str
+    """The function's name."""
+    key: Any = None
+    """What `key=` said of the item; None without it."""
+    depth: int = 0
+    """0 for a job of the program, 1 for a job submitted by such a job, and so on."""
+    attempts: int = 0
+    """Attempts of round trips so far."""
+    waited: float = 0.0
+    """Seconds waited so far for permits and back-off."""
 
     def __repr__(self) -> str:
         return f"<job {self.name}{'' if self.key is None else f' key={self.key!r}'}>"

@@ -3,17 +3,27 @@
 The only module that turns aiohttp's exceptions into penstock's.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
 from penstock import clock
 from penstock.clients.auth import RenewableAuth
 from penstock.clients.response import BODY_START_BYTES, JsonLoads, Response, masked
-from penstock.errors import BodyTooLarge, ConnectionFailed, HttpStatusError, RoundTripError, UsageError
+from penstock.errors import (
+    AttemptTimeout,
+    BodyTooLarge,
+    ClosedError,
+    ConnectionFailed,
+    HttpStatusError,
+    RoundTripError,
+    UsageError,
+)
 from penstock.gate.server_hints import parse_retry_after
 from penstock.outcome import FailureKind, classify, provably_unsent
 
@@ -24,11 +34,14 @@ ERROR_BODY_BYTES = 65_536
 costs more than a new connection."""
 
 _UNSENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_SHOWING_URLS = (aiohttp.ClientResponseError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
+"""Their text holds the whole URL, secrets and all: it is neither quoted nor chained."""
 
 
 class Settings(Protocol):
     """What an exchange needs of its client."""
 
+    timeout: float | None
     max_body_bytes: int
     json_loads: JsonLoads
 
@@ -51,12 +64,20 @@ class StreamedResponse:
 
         Raises:
             ConnectionFailed: the body broke off.
+            AttemptTimeout: the next piece did not come within the client's `timeout`.
         """
+        while piece := await self._next_piece():
+            yield piece
+
+    async def _next_piece(self) -> bytes:
+        timeout = self._exchange.settings.timeout
         try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
+            async with asyncio.timeout(timeout):
+                return await self._response.content.readany()
         except aiohttp.ClientError as error:
             raise self._exchange.translated(error) from error
+        except TimeoutError as error:
+            raise AttemptTimeout(f"{self._exchange}: nothing more of the body within {timeout:g} s") from error
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
@@ -117,17 +138,22 @@ class Exchange(ABC, Generic[A]):
 
     async def send(self) -> aiohttp.ClientResponse:
         """Send it and return the answer with its body unread, once its status is known to be below 400."""
+        if self.session.closed:
+            raise ClosedError(f"{self}: this HttpClient was closed before it could be sent.")
         self.attempts += 1
         headers = self.headers
         if self.auth is not None and self.auth.headers is not None:
             self.generation = self.auth.generation
-            headers = {**headers, **self.auth.headers}
+            headers = CIMultiDict(headers)
+            headers.update(self.auth.headers)
         try:
             response = await self.session.request(
                 self.method, self.url, headers=headers, data=self.body, allow_redirects=False
             )
         except aiohttp.ClientError as error:
-            raise self.translated(error) from error
+            raise self.translated(error) from _cause(error)
+        except (ValueError, TypeError) as error:  # a header or a host that cannot be written
+            raise UsageError(f"{self}: aiohttp refuses this request: {error}") from error
         if response.status >= 400:
             raise await self._refusal(response)
         return response
@@ -163,9 +189,8 @@ class Exchange(ABC, Generic[A]):
         if isinstance(error, aiohttp.InvalidURL):
             return UsageError(f"{self}: aiohttp refuses this URL ({type(error).__name__}).")
         if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
-            reason = f"{type(error).__name__}: {error}"
-            return ConnectionFailed(self.method, masked(self.url), reason, not isinstance(error, _UNSENT))
-        return RoundTripError(f"{self} -> {type(error).__name__}: {error}")
+            return ConnectionFailed(self.method, masked(self.url), _told(error), not isinstance(error, _UNSENT))
+        return RoundTripError(f"{self} -> {_told(error)}")
 
 
 class WholeExchange(Exchange[Response]):
@@ -212,6 +237,17 @@ class StreamedExchange(Exchange[StreamedResponse]):
     def discard(self, answer: StreamedResponse, /) -> None:
         """Let the connection go, with what was not read."""
         answer.close()
+
+
+def _told(error: aiohttp.ClientError) -> str:
+    name = type(error).__name__
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{name}: {error.message}"
+    return name if isinstance(error, _SHOWING_URLS) else f"{name}: {error}"
+
+
+def _cause(error: aiohttp.ClientError) -> BaseException | None:
+    return error.__cause__ if isinstance(error, _SHOWING_URLS) else error
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple, Self, TypeAlias, TypedDict, Unpack
 from urllib.parse import urlencode
 
 import aiohttp
+from multidict import CIMultiDict
 from yarl import URL
 
+from penstock import clock
 from penstock.callables import is_async
 from penstock.clients.auth import FetchHeaders, Headers, RenewableAuth
 from penstock.clients.exchange import (
@@ -33,7 +35,7 @@ from penstock.clients.exchange import (
     StreamedResponse,
     WholeExchange,
 )
-from penstock.clients.response import JsonLoads, Response, masked
+from penstock.clients.response import JsonLoads, Response, masked, masked_text
 from penstock.errors import ClosedError, HttpStatusError, RoundTripError, UsageError, WrongLoop
 from penstock.gate.gate import DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
 from penstock.gate.retry import Retry
@@ -93,11 +95,13 @@ class HttpClient:
     `Idempotency-Key` header, or are declared `idempotent=True`. `Retry-After` pauses the whole origin.
 
     Args:
-        base_url: what paths are appended to, with its scheme: `"https://host/v1"`.
+        base_url: what paths are appended to, with its scheme: `"https://host/v1"`. User info in it becomes an
+            `Authorization` header.
         headers: sent with every request to the origin of `base_url`, never elsewhere.
         auth: more such headers, or an async function that gives them; it is called again, once for all who wait, after
             a 401.
-        timeout: seconds for one attempt, from its admission to the end of the body; for `stream`, to the headers.
+        timeout: seconds for one attempt, from its admission to the end of the body; for `stream`, to the headers, and
+            then for each piece of the body.
         max_body_bytes: longer answers are not read.
         cookies: True keeps and sends cookies; they are shared by all jobs.
         connector: an aiohttp connector of your own, which you close; None makes a `TCPConnector`.
@@ -125,11 +129,17 @@ class HttpClient:
         retry: Retry | None = None,
         key: Callable[[str, URL], Hashable] | None = None,
     ) -> None:
-        self._base = _checked_base(base_url)
+        base = _checked_base(base_url)
+        self._base = base.with_user(None)
         self._origin = self._base.origin()
+        if isinstance(max_body_bytes, bool) or not isinstance(max_body_bytes, int) or max_body_bytes < 1:
+            raise UsageError(f"max_body_bytes={max_body_bytes!r}: expected a whole number of at least 1.")
+        self.timeout = timeout
         self.max_body_bytes = max_body_bytes
         self.json_loads = json_loads
-        self._headers: Headers = {**(headers or {}), **(auth if isinstance(auth, Mapping) else {})}
+        self._headers = CIMultiDict(_user_info(base))
+        self._headers.update(headers or {})
+        self._headers.update(auth if isinstance(auth, Mapping) else {})
         self._auth = _renewable(auth)
         self._cookies = cookies
         self._connector = connector
@@ -149,14 +159,18 @@ class HttpClient:
         if self._session is not None:
             raise UsageError("this client has been opened before. Make a new HttpClient() for each `async with`.")
         self._loop = asyncio.get_running_loop()
-        connector = _connector(self._limit) if self._connector is None else self._connector
+        available = _descriptors(self._limit)
+        connector = aiohttp.TCPConnector(limit=available) if self._connector is None else self._connector
         _check_connector(connector, self._limit)
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            connector_owner=self._connector is None,
-            cookie_jar=aiohttp.CookieJar() if self._cookies else aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-        )
+        try:
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                connector_owner=self._connector is None,
+                cookie_jar=aiohttp.CookieJar() if self._cookies else aiohttp.DummyCookieJar(),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+            )
+        except RuntimeError as error:
+            raise WrongLoop("the connector= belongs to another event loop. Make it inside this one.") from error
         # Private, and there is no public way: aiohttp would send some requests twice without telling anybody.
         self._session._retry_connection = False
         return self
@@ -169,10 +183,12 @@ class HttpClient:
     async def aclose(self) -> None:
         """Close the session and its connections. Requests in flight fail. Closing twice is fine."""
         self._closed = True
-        if self._auth is not None:
-            await self._auth.close()
-        if self._session is not None:
-            await self._session.close()
+        try:
+            if self._auth is not None:
+                await self._auth.close()
+        finally:
+            if self._session is not None:
+                await self._session.close()
 
     async def request(self, method: str, path: str, **how: Unpack[RequestOptions]) -> Response:
         """Do one round trip and return the answer, read fully.
@@ -268,16 +284,17 @@ class HttpClient:
     ) -> _Parts:
         """Everything that an exchange is made of."""
         session = self._opened()
+        method = method.upper()
         target = self._targets.get(path) or self._resolve(path)
         body, content_type = _encoded(json, data)
-        sent = {**self._headers} if target.at_home else {}
+        sent = CIMultiDict(self._headers if target.at_home else ())
         if content_type is not None:
             sent["Content-Type"] = content_type
         if headers:
             sent.update(headers)
         if idempotent is None:
-            idempotent = method in IDEMPOTENT_METHODS or any(name.lower() == "idempotency-key" for name in sent)
-        url = target.url.extend_query(params) if params else target.url
+            idempotent = method in IDEMPOTENT_METHODS or "Idempotency-Key" in sent
+        url = _with_query(target.url, params) if params else target.url
         key = target.origin if self._key is None else self._key(method, url)
         return session, self, method, url, sent, body, self._auth if target.at_home else None, idempotent, key
 
@@ -285,12 +302,13 @@ class HttpClient:
         """Send until there is a final answer; the permit that goes with it is still held."""
         if exchange.auth is not None:
             await exchange.auth.renew(0)
+        asked = clock.now()
         redirects = 0
         renewed = False
         while True:
             service = self._gate.service(exchange.key)
             try:
-                response = await self._gate.begin(exchange, service)
+                response = await self._gate.begin(exchange, service, asked=asked)
             except HttpStatusError as error:
                 if error.status != 401 or exchange.auth is None or renewed:
                     raise
@@ -308,9 +326,12 @@ class HttpClient:
 
     def _redirect(self, exchange: Exchange[Any], status: int, location: str) -> None:
         """Turn the exchange to where the server points (RFC 9110 15.4); no credentials follow to another origin."""
-        url = exchange.url.join(URL(location))
+        try:
+            url = exchange.url.join(URL(location))
+        except ValueError as error:
+            raise RoundTripError(f"{exchange}: redirected to what is no URL ({error})") from error
         if url.scheme not in ("http", "https") or not url.host:
-            raise RoundTripError(f"{exchange}: redirected to {masked(url)}, which is no HTTP address")
+            raise RoundTripError(f"{exchange}: redirected to {masked_text(location)}, which is no HTTP address")
         if status == 303 or (status in (301, 302) and exchange.method == "POST"):
             exchange.method = "HEAD" if exchange.method == "HEAD" else "GET"
             exchange.body = None
@@ -323,8 +344,14 @@ class HttpClient:
         exchange.key = masked(url.origin()) if self._key is None else self._key(exchange.method, url)
 
     def _resolve(self, path: str) -> _Target:
+        if not isinstance(path, str):
+            raise UsageError(f"path={type(path).__name__}: expected text, as in `api.get('/items')`.")
         whole = path.startswith(("http://", "https://"))
-        url = URL(path if whole else f"{str(self._base).rstrip('/')}/{path.lstrip('/')}")
+        try:
+            url = URL(path if whole else f"{str(self._base).rstrip('/')}/{path.lstrip('/')}")
+            url.origin()
+        except ValueError as error:
+            raise UsageError(f"path={masked_text(path)!r}: expected a path or a whole URL; {error}.") from error
         target = _Target(url, url.origin() == self._origin, masked(url.origin()))
         if len(self._targets) < KNOWN_PATHS:
             self._targets[path] = target
@@ -343,10 +370,14 @@ class HttpClient:
 
 
 def _checked_base(base_url: str) -> URL:
-    url = URL(base_url) if isinstance(base_url, str) else None
-    if url is None or url.scheme not in ("http", "https") or not url.host:
+    try:
+        url = URL(base_url)
+    except (TypeError, ValueError):
+        url = URL()
+    if url.scheme not in ("http", "https") or not url.host:
         raise UsageError(
-            f"base_url={base_url!r}: expected an address with scheme and host. Write HttpClient('https://host/path')."
+            f"base_url={masked_text(str(base_url))!r}: expected an address with scheme and host. "
+            f"Write HttpClient('https://host/path')."
         )
     if url.query_string or url.fragment:
         raise UsageError(
@@ -363,17 +394,13 @@ def _renewable(auth: Headers | FetchHeaders | None) -> RenewableAuth | None:
     return RenewableAuth(auth)
 
 
-def _connector(limit: int) -> aiohttp.TCPConnector:
-    available = _descriptors()
-    if limit > available:
-        raise UsageError(
-            f"limit={limit}: this process may open {available + SPARE_DESCRIPTORS} files, {SPARE_DESCRIPTORS} of them "
-            f"kept for other uses. Lower limit=, or raise the process's limit (`ulimit -n`)."
-        )
-    return aiohttp.TCPConnector(limit=available)
+def _user_info(base: URL) -> Headers:
+    return {} if base.user is None else {"Authorization": aiohttp.encode_basic_auth(base.user, base.password or "")}
 
 
 def _check_connector(connector: aiohttp.BaseConnector, limit: int) -> None:
+    if connector.closed:
+        raise ClosedError("the connector= has been closed. Make a new one for each client, or leave it out.")
     for name, bound in (("limit", connector.limit), ("limit_per_host", getattr(connector, "limit_per_host", 0))):
         if 0 < bound < limit:
             raise UsageError(
@@ -382,14 +409,21 @@ def _check_connector(connector: aiohttp.BaseConnector, limit: int) -> None:
             )
 
 
-def _descriptors() -> int:
-    """Connections that this process may have open."""
+def _descriptors(limit: int) -> int:
+    """Connections that this process may have open, which must be `limit` at least."""
     try:
         import resource
     except ImportError:  # Windows has no such limit on sockets
         return sys.maxsize
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return sys.maxsize if soft == resource.RLIM_INFINITY else max(1, soft - SPARE_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY:
+        return sys.maxsize
+    if limit > max(1, soft - SPARE_DESCRIPTORS):
+        raise UsageError(
+            f"limit={limit}: this process may open {soft} files, {SPARE_DESCRIPTORS} of them kept for other uses. "
+            f"Lower limit=, or raise the process's limit (`ulimit -n`)."
+        )
+    return max(1, soft - SPARE_DESCRIPTORS)
 
 
 def _encoded(json: Any, data: Body) -> tuple[bytes | None, str | None]:
@@ -397,7 +431,10 @@ def _encoded(json: Any, data: Body) -> tuple[bytes | None, str | None]:
     if json is not None:
         if data is not None:
             raise UsageError("found both json= and data=, expected one body.")
-        return json_module.dumps(json).encode(), "application/json"
+        try:
+            return json_module.dumps(json).encode(), "application/json"
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UsageError(f"json={type(json).__name__}: cannot be written as JSON: {error}.") from error
     if data is None or isinstance(data, bytes):
         return data, None
     if isinstance(data, str):
@@ -410,5 +447,12 @@ def _encoded(json: Any, data: Body) -> tuple[bytes | None, str | None]:
     )
 
 
+def _with_query(url: URL, params: Params) -> URL:
+    try:
+        return url.extend_query(params)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"params={type(params).__name__}: cannot be written as a query: {error}.") from error
+
+
 def _without(headers: Headers, names: AbstractSet[str]) -> Headers:
-    return {name: value for name, value in headers.items() if name.lower() not in names}
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in names)

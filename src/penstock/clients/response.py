@@ -1,5 +1,6 @@
 """What an `HttpClient` returns."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
@@ -44,7 +45,7 @@ class Response:
         """
         try:
             return self.json_loads(self.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # too deep for the parser is the server's doing as well
             content_type = self.headers.get("Content-Type", "")
             start = self.body[:BODY_START_BYTES]
             raise NotJson(
@@ -58,7 +59,7 @@ class Response:
         charset = content_type.get_content_charset("utf-8")
         try:
             return self.body.decode(charset, errors="replace")
-        except LookupError:
+        except (LookupError, ValueError):  # unknown, or one like idna that is no charset for a body
             return self.body.decode("utf-8", errors="replace")
 
 
@@ -66,3 +67,8 @@ def masked(url: URL) -> str:
     """`url` without what may be secret: user info, fragment, and the values of its query."""
     names = "&".join(f"{name}=..." for name in url.query)
     return f"{url.with_user(None).with_query(None).with_fragment(None)}{'?' + names if names else ''}"
+
+
+def masked_text(address: str) -> str:
+    """As `masked`, for a text that may be no URL: without user info, query and fragment."""
+    return re.sub(r"[^/]*@", "...@", re.split(r"[?#]", address)[0])

@@ -1,67 +1,65 @@
-"""One job while it runs: calling the user's function, with its identity, its time, and nothing it can break."""
+"""One job, from its slot to its outcome: the record, and calling the user's function within its time."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
-from penstock.callables import refuse_coroutine
-from penstock.clock import now
-from penstock.context import Host, enter
+from penstock.context import Host
 from penstock.errors import JobTimeout
 from penstock.executor.slots import Holder
-from penstock.outcome import FailureKind, Outcome, classify, contained
+from penstock.outcome import Outcome, classify
+
+
+class Receiver(Protocol):
+    """Who is told how a job ended."""
+
+    def job_ended(self, job: "ActiveJob", outcome: Outcome[Any] | None) -> None: ...
 
 
 class ActiveJob(Holder):
-    """A job of an executor, from its slot to its outcome."""
+    """A job of an executor. What most jobs never change stands on the class: one is made for every item."""
 
-    __slots__ = ("args", "cancelled", "feed", "fn", "input", "kwargs", "result", "settled", "started", "timeout")
+    kwargs: dict[str, Any] | None = None
+    input: Any = None
+    started: float | None = None
+    """When its function was called; None before that."""
+    cancelled: bool = False
+    """True when the executor or a stream asked for the cancellation, so that it is no outcome."""
+    settled: bool = False
+    """True when the job has ended and waits for the items before it to be delivered."""
+    result: Outcome[Any] | None = None
+    """Its outcome, while it waits for them."""
 
     def __init__(
         self,
         host: Host,
         parent: Holder | None,
         name: str,
-        fn: Callable[..., Any],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+        fn: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
         timeout: float | None = None,
+        receiver: Receiver | None = None,
     ) -> None:
-        super().__init__(host, name, None, parent)
+        self.host = host
+        self.name = name
         self.fn = fn
         self.args = args
-        self.kwargs = kwargs
-        self.input: Any = None
         self.timeout = timeout
-        self.started = 0.0
-        self.cancelled = False
-        """True when the executor or a stream asked for the cancellation, so that it is no outcome."""
-        self.feed: object = None
+        self.receiver = receiver
         """The stream's side that the job belongs to; None for a submitted job."""
-        self.settled = False
-        """True when the job has ended and waits for the items before it to be delivered."""
-        self.result: Outcome[Any] | None = None
+        if parent is not None:
+            self.parent = parent
+            self.depth = parent.depth + 1
 
-    def outcome(self, task: "asyncio.Task[Any]", ended: float) -> Outcome[Any] | None:
-        """How the job ended; None when it was cancelled from outside.
+    def succeeded(self, value: Any, ended: float) -> Outcome[Any]:
+        """The outcome with a value."""
+        started = ended if self.started is None else self.started
+        return Outcome(self.key, self.input, value, None, None, self.attempts, self.waited, ended - started)
 
-        Only its executor can reach the task of a stream's job, so a cancellation that the executor did not ask for is
-        the job's own doing. A submitted job's future is in the hands of the caller.
-        """
-        value: Any = None
-        error: BaseException | None = None
-        if task.cancelled():
-            if self.cancelled or self.feed is None:
-                return None
-            error = asyncio.CancelledError(f"{self!r} cancelled itself")
-        elif (error := task.exception()) is None:
-            value = task.result()
-        kind = None if error is None else classify(error)
-        return Outcome(self.key, self.input, value, error, kind, self.attempts, self.waited, ended - self.started)
-
-    def refused(self, error: Exception) -> Outcome[Any]:
-        """The outcome of a job that could not even start."""
-        return Outcome(self.key, self.input, None, error, FailureKind.BUG, 0, 0.0, 0.0)
+    def failed(self, error: BaseException, ended: float) -> Outcome[Any]:
+        """The outcome with an error."""
+        started = ended if self.started is None else self.started
+        return Outcome(self.key, self.input, None, error, classify(error), self.attempts, self.waited, ended - started)
 
     def forget(self) -> None:
         """Let go of the user's data: children may keep this record longer than anyone needs them."""
@@ -69,31 +67,13 @@ class ActiveJob(Holder):
         self.kwargs = self.input = None
 
 
-async def perform(job: ActiveJob) -> Any:
-    """Run a job that has a slot; the body of its task.
+async def in_time(job: ActiveJob, timeout: float) -> Any:
+    """Call the job's function, for at most `timeout` seconds.
 
     Raises:
-        JobTimeout: it took longer than its timeout.
-        UsageError: it raised what would end the loop, or returned a coroutine that nobody awaits.
-        Exception: what the job raised.
+        JobTimeout: it took longer, or went on although it was cancelled for that.
+        Exception: what the function raised.
     """
-    enter(job)
-    job.started = now()
-    try:
-        if job.timeout is None:
-            value = await job.fn(*job.args, **(job.kwargs or {}))
-        else:
-            value = await _in_time(job, job.timeout)
-    except (SystemExit, RuntimeError) as error:
-        harmless = contained(error, repr(job))
-        if harmless is error:
-            raise
-        raise harmless from harmless.__cause__
-    refuse_coroutine(value, job)
-    return value
-
-
-async def _in_time(job: ActiveJob, timeout: float) -> Any:
     try:
         async with asyncio.timeout(timeout) as scope:
             value = await job.fn(*job.args, **(job.kwargs or {}))

@@ -22,7 +22,7 @@ from penstock.callables import check_function, is_async, name_of
 from penstock.context import current_job
 from penstock.errors import ClosedError, TooManyErrors, UsageError, WrongLoop, WrongThread
 from penstock.events import Instrument
-from penstock.executor.active import ActiveJob, perform
+from penstock.executor.active import ActiveJob
 from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
 from penstock.executor.running import PATIENCE, RunningJobs
@@ -36,7 +36,6 @@ from penstock.threads.lane import Lane, LaneStatistics
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # the item
 Items = Iterable[I] | AsyncIterable[I]
-Function = Callable[..., Awaitable[T]] | Callable[..., T]
 
 DEFAULT_LIMIT = 256
 """Job slots. Arbitrary, because: until gates measure it, twice a gate's default limit, so that half the jobs can
@@ -116,7 +115,13 @@ class Executor:
     ) -> None:
         await self.shutdown(timeout=None if error is None else 0.0)
 
-    def submit(self, fn: Function[T], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]":
+    @overload
+    def submit(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]": ...
+
+    @overload
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]": ...
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
         """Run `fn(*args, **kwargs)` as a job; return its future.
 
         `fn` is an async function, or a plain one, which runs in a thread. The job starts when it gets a slot; the
@@ -129,26 +134,38 @@ class Executor:
             WrongThread, WrongLoop: called from elsewhere than the executor's loop thread.
         """
         jobs = self._ready_for("submit", fn)
-        job = self._job_maker(fn, self._lender())()
-        job.args, job.kwargs = args, kwargs
-        return jobs.start(job, body=_perform_in_turn(jobs, job))
+        job = ActiveJob(self, self._lender(), name_of(fn), self._as_async(fn), args)
+        job.kwargs = kwargs or None
+        return jobs.submit(job)
 
     @overload
     def map(
-        self, fn: Callable[..., Awaitable[T]], /, *iterables: Items[Any], buffersize: int | None = None,
+        self,
+        fn: Callable[..., Awaitable[T]],
+        /,
+        *iterables: Items[Any],
+        buffersize: int | None = None,
         timeout: float | None = None,
-    ) -> Stream[T]: ...  # fmt: skip
+    ) -> Stream[T]: ...
 
     @overload
     def map(
-        self, fn: Callable[..., T], /, *iterables: Items[Any], buffersize: int | None = None,
+        self,
+        fn: Callable[..., T],
+        /,
+        *iterables: Items[Any],
+        buffersize: int | None = None,
         timeout: float | None = None,
-    ) -> Stream[T]: ...  # fmt: skip
+    ) -> Stream[T]: ...
 
     def map(
-        self, fn: Callable[..., Any], /, *iterables: Items[Any], buffersize: int | None = None,
+        self,
+        fn: Callable[..., Any],
+        /,
+        *iterables: Items[Any],
+        buffersize: int | None = None,
         timeout: float | None = None,
-    ) -> Stream[Any]:  # fmt: skip
+    ) -> Stream[Any]:
         """`fn` of every item, in input order: await the stream for a list, or iterate it.
 
         The first error of a job, in input order, is raised and closes the stream. Several iterables are taken side by
@@ -176,10 +193,43 @@ class Executor:
         )  # fmt: skip
         return Stream(start, Outcome.unwrap)
 
+    @overload
     def as_completed(
-        self, fn: Callable[[I], Any], items: Items[I], /, *, key: Callable[[I], Any] | None = None,
-        buffersize: int | None = None, timeout: float | None = None, max_errors: float | None = None,
-    ) -> Stream[Outcome[Any]]:  # fmt: skip
+        self,
+        fn: Callable[[I], Awaitable[T]],
+        items: Items[I],
+        /,
+        *,
+        key: Callable[[I], Any] | None = None,
+        buffersize: int | None = None,
+        timeout: float | None = None,
+        max_errors: float | None = None,
+    ) -> Stream[Outcome[T]]: ...
+
+    @overload
+    def as_completed(
+        self,
+        fn: Callable[[I], T],
+        items: Items[I],
+        /,
+        *,
+        key: Callable[[I], Any] | None = None,
+        buffersize: int | None = None,
+        timeout: float | None = None,
+        max_errors: float | None = None,
+    ) -> Stream[Outcome[T]]: ...
+
+    def as_completed(
+        self,
+        fn: Callable[[I], Any],
+        items: Items[I],
+        /,
+        *,
+        key: Callable[[I], Any] | None = None,
+        buffersize: int | None = None,
+        timeout: float | None = None,
+        max_errors: float | None = None,
+    ) -> Stream[Outcome[Any]]:
         """`fn` of every item, as `Outcome`s in the order in which they finish; never raises a job's error.
 
         Args:
@@ -201,7 +251,7 @@ class Executor:
             "as_completed", fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors,
             ordered=False, spread=False,
         )  # fmt: skip
-        return Stream(start, lambda outcome: outcome)
+        return Stream(start, None)
 
     async def run(
         self, job: Job[Any] | Callable[[I], Any], items: Items[I], /, *, key: Callable[[I], Any] | None = None,
@@ -303,6 +353,8 @@ class Executor:
         jobs.cancel()
         if not await jobs.wait(PATIENCE):
             jobs.complain()
+            for feed in list(self._feeds):
+                feed.give_up()
         await self._feeds_over()
 
     async def _feeds_over(self) -> None:
@@ -330,9 +382,10 @@ class Executor:
         def start() -> Feed:
             jobs = self._ready_for(call, fn)
             lender = self._lender()
+            new_job = partial(ActiveJob, self, lender, name_of(fn), self._as_async(fn))
             feed = Feed(
-                jobs, source, self._job_maker(fn, lender, timeout), spread=spread, key=key, window=window,
-                ordered=ordered, max_errors=max_errors, nested=lender is not None, on_over=self._feeds.discard,
+                jobs, source, new_job, timeout=timeout, spread=spread, key=key, window=window, ordered=ordered,
+                max_errors=max_errors, nested=lender is not None, on_over=self._feeds.discard,
             )  # fmt: skip
             self._feeds.add(feed)
             return feed
@@ -344,11 +397,9 @@ class Executor:
         job = current_job()
         return job if isinstance(job, Holder) and job.host is self else None
 
-    def _job_maker(
-        self, fn: Callable[..., Any], lender: Holder | None, timeout: float | None = None
-    ) -> Callable[[], ActiveJob]:
-        run = fn if is_async(fn) else partial(self.to_thread, fn)
-        return partial(ActiveJob, self, lender, name_of(fn), run, timeout=timeout)
+    def _as_async(self, fn: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+        """`fn` itself, or a call of it in a thread."""
+        return fn if is_async(fn) else partial(self.to_thread, fn)
 
     def _ready_for(self, call: str, fn: Callable[..., Any]) -> RunningJobs:
         if isinstance(fn, Job):
@@ -383,11 +434,6 @@ class Executor:
             f"executor.{call}() was called on another event loop than the one it was opened on. "
             f"Open one executor for each loop."
         )
-
-
-async def _perform_in_turn(jobs: RunningJobs, job: ActiveJob) -> Any:
-    await jobs.slots.take(job)
-    return await perform(job)
 
 
 async def _tally(stream: Stream[Outcome[Any]]) -> Report:

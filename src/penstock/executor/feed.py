@@ -19,12 +19,13 @@ delivered first. Loop thread only.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from penstock.errors import ClosedError, TooManyErrors, UsageError
 from penstock.executor.active import ActiveJob
 from penstock.executor.running import PATIENCE, RunningJobs
-from penstock.outcome import Outcome
+from penstock.outcome import Outcome, contained
 from penstock.threads.pull import ThreadSource
 
 MINIMUM_SAMPLE = 100
@@ -40,8 +41,9 @@ class Feed:
         self,
         running: RunningJobs,
         source: Iterable[Any] | AsyncIterable[Any],
-        new_job: Callable[[], ActiveJob],
+        new_job: Callable[..., ActiveJob],
         *,
+        timeout: float | None,
         spread: bool,
         key: Callable[[Any], Any] | None,
         window: int,
@@ -65,23 +67,27 @@ class Feed:
         self._running = running
         self._source = source
         self._new_job = new_job
+        self._timeout = timeout
         self._spread = spread
         self._key = key
         self._window = window
         self._max_errors = max_errors
         self._in_order: deque[ActiveJob] | None = deque() if ordered else None
         self._on_over = on_over
+        self._gave_up = False
         self._undelivered = 0
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        self._puller = self._loop.create_task(self._pull(), name="penstock-puller")
+        # Not by the loop's task factory: an eager one would run the puller before this object is complete.
+        self._puller = asyncio.Task(self._pull(), loop=self._loop, name="penstock-puller")
         self._puller.add_done_callback(self._pulled)
 
     def take(self) -> Outcome[Any]:
         """The next outcome that is ready; makes room for one more item."""
         self._undelivered -= 1
-        _wake(self._room)
+        if self._room is not None:
+            _wake(self._room)
         return self.ready.popleft()
 
     async def wait(self) -> None:
@@ -109,35 +115,53 @@ class Feed:
     def cancel(self) -> None:
         """Take no more items and cancel what is in flight."""
         self.stop(ClosedError("the stream was closed before its source was read to its end"))
-        self._running.cancel(lambda job: job.feed is self)
+        self._running.cancel(self._is_mine)
 
     async def close(self) -> None:
         """Cancel, and wait until nothing of this feed runs.
 
         The wait is bounded: jobs that still run after `PATIENCE` seconds are named in the log and abandoned.
         """
+        self.ready.clear()
         if self.over.is_set():
             return
         self.cancel()
-        try:
-            async with asyncio.timeout(PATIENCE):
+        deadline = self._loop.time() + PATIENCE
+        if not await self._running.wait(PATIENCE, self._is_mine):
+            self._running.complain(self._is_mine)
+            self.give_up()
+        with suppress(TimeoutError):  # a source that does not let go of its puller
+            async with asyncio.timeout_at(deadline):
                 await self.over.wait()
-        except TimeoutError:
-            self._running.complain(lambda job: job.feed is self)
+
+    def give_up(self) -> None:
+        """Be over without the jobs that do not end: their items are `left`."""
+        self.left += self.in_flight
+        self.in_flight = 0
+        self._gave_up = True
+        self._end()
+
+    def _is_mine(self, job: ActiveJob) -> bool:
+        return job.receiver is self
 
     async def _pull(self) -> None:
-        if isinstance(self._source, AsyncIterable):
-            await self._pull_async(aiter(self._source))
-        else:
-            await self._pull_sync(iter(self._source))
+        try:
+            if isinstance(self._source, AsyncIterable):
+                await self._pull_async(aiter(self._source))
+            else:
+                await self._pull_sync(iter(self._source))
+        except SystemExit as error:
+            harmless = contained(error, "the source of the items")
+            raise harmless from error
 
     async def _pull_sync(self, iterator: Iterator[Any]) -> None:
         slots = self._running.slots
         while True:
             if self._undelivered >= self._window:
                 await self._wait_for_room()
-            job = self._new_job()
-            await slots.take(job)
+            job = self._new_job((), self._timeout, self)
+            if not slots.take_nowait(job):
+                await slots.take(job)
             item = _END
             try:
                 item = next(iterator, _END)
@@ -159,7 +183,7 @@ class Feed:
                 if item is _END:
                     return
                 self.read += 1
-                job = self._new_job()
+                job = self._new_job((), self._timeout, self)
                 try:
                     await slots.take(job)
                 except asyncio.CancelledError:
@@ -178,7 +202,6 @@ class Feed:
             self._room = None
 
     def _start(self, job: ActiveJob, item: Any) -> None:
-        job.feed = self
         job.input = item
         job.args = item if self._spread else (item,)
         self._undelivered += 1
@@ -191,7 +214,7 @@ class Feed:
             except Exception as error:  # noqa: BLE001  # it becomes the outcome of the item
                 self._refuse(job, error)
                 return
-        self._running.start(job, self._job_ended)
+        self._running.start(job)
 
     def _refuse(self, job: ActiveJob, error: Exception) -> None:
         refusal = UsageError(
@@ -199,9 +222,12 @@ class Feed:
             f"this item was not given to the job."
         )
         refusal.__cause__ = error
-        self._job_ended(job, self._running.refuse(job, refusal))
+        self._running.refuse(job, refusal)
 
-    def _job_ended(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
+    def job_ended(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
+        """Take the outcome of a job of this feed; None if it was cancelled from outside."""
+        if self._gave_up:
+            return
         self.in_flight -= 1
         if outcome is None:
             self.left += 1
@@ -210,25 +236,28 @@ class Feed:
             if outcome.kind is not None:
                 self.failed += 1
                 self._judge()
-        self._deliver(job, outcome)
-        self._end_if_over()
-
-    def _deliver(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         if self._in_order is None:
-            self._make_ready(outcome)
-            return
+            self._deliver(outcome)
+        else:
+            self._deliver_in_order(self._in_order, job, outcome)
+        if not self.in_flight and self._puller.done():
+            self._end()
+
+    def _deliver_in_order(self, waiting: deque[ActiveJob], job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         job.settled = True
         job.result = outcome
-        while self._in_order and self._in_order[0].settled:
-            self._make_ready(self._in_order.popleft().result)
+        while waiting and waiting[0].settled:
+            self._deliver(waiting.popleft().result)
 
-    def _make_ready(self, outcome: Outcome[Any] | None) -> None:
-        if outcome is None:
-            self._undelivered -= 1
-            _wake(self._room)
-        else:
+    def _deliver(self, outcome: Outcome[Any] | None) -> None:
+        if outcome is not None:
             self.ready.append(outcome)
-            _wake(self._reader)
+            if self._reader is not None:
+                _wake(self._reader)
+            return
+        self._undelivered -= 1
+        if self._room is not None:
+            _wake(self._room)
 
     def _judge(self) -> None:
         allowed = self._max_errors
@@ -248,19 +277,22 @@ class Feed:
             self._puller.cancel()
 
     def _pulled(self, puller: "asyncio.Task[None]") -> None:
-        if puller.cancelled():
-            self._end_early(ClosedError("the event loop is closing"))
-        elif (error := puller.exception()) is not None:
-            self._end_early(error)
-        self._end_if_over()
+        if not puller.cancelled():
+            if (error := puller.exception()) is not None:
+                self._end_early(error)
+        elif self.stopped is None:  # by somebody else, who cancels every task of the loop
+            self._end_early(ClosedError("the task that reads the source was cancelled"))
+            self.cancel()
+        if not self.in_flight:
+            self._end()
 
-    def _end_if_over(self) -> None:
-        if not self.in_flight and self._puller.done():
-            self.over.set()
-            self._on_over(self)
+    def _end(self) -> None:
+        self.over.set()
+        self._on_over(self)
+        if self._reader is not None:
             _wake(self._reader)
 
 
-def _wake(waiter: "asyncio.Future[None] | None") -> None:
-    if waiter is not None and not waiter.done():
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
         waiter.set_result(None)

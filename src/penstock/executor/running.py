@@ -1,25 +1,31 @@
 """The jobs that run: their tasks, their end, and the counts of it.
 
-Every job is started and ended here, whether it came from `submit` or from a stream. The end of a job is a callback on
-its task, because that is called whatever happened to the task, also when it never took its first step. In this order:
-the slot goes back, the outcome is counted, failures are logged, instruments are told; then whoever asked is told.
+Every job is started and ended here, whether it came from `submit` or from a stream. A job ends in the last step of its
+own task, which spares a callback for each item. In this order: the slot goes back, the outcome is counted, failures are
+logged, instruments are told, then the stream is told.
+
+A task that is cancelled before its first step never reaches its last one. Whoever cancels here ends such a job at once;
+a task that somebody else cancelled is found by `wait`.
 
 Loop thread only.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from types import CoroutineType
 from typing import Any, TypeAlias
 
+from penstock.callables import refuse_coroutine
+from penstock.context import enter
 from penstock.events import Instrument, JobEnded
-from penstock.executor.active import ActiveJob, perform
+from penstock.executor.active import ActiveJob, in_time
 from penstock.executor.failure_log import FailureLog
 from penstock.executor.slots import Slots
 from penstock.histogram import Histogram
-from penstock.outcome import FailureKind, Outcome
+from penstock.outcome import FailureKind, Outcome, contained
 
-OnEnd: TypeAlias = Callable[[ActiveJob, Outcome[Any] | None], None]
+Which: TypeAlias = Callable[[ActiveJob], bool]
 
 logger = logging.getLogger("penstock.jobs")
 
@@ -27,92 +33,156 @@ PATIENCE = 5.0
 """Seconds that cancelled jobs get to end. Arbitrary, because: longer than clean-up takes, shorter than a hang."""
 
 
+def all_of_them(_job: ActiveJob) -> bool:
+    """Every job."""
+    return True
+
+
 class RunningJobs:
     """The jobs of one executor that have a task."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, instruments: Sequence[Instrument]) -> None:
-        self.slots = Slots(limit)
+        self.slots = Slots(loop, limit)
         self.done = 0
         self.failed: dict[FailureKind, int] = {}
         self.cancelled = 0
         self.ran = Histogram()
         self._loop = loop
-        self._tasks: dict[asyncio.Task[Any], tuple[ActiveJob, OnEnd | None]] = {}
+        self._now = loop.time
+        self._tasks: dict[ActiveJob, asyncio.Task[Any] | None] = {}
         self._instruments = list(instruments)
         self._log = FailureLog()
 
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(
-        self, job: ActiveJob, on_end: OnEnd | None = None, body: Coroutine[Any, Any, Any] | None = None
-    ) -> "asyncio.Task[Any]":
-        """Give `job` a task and a context of its own. It has its slot already, or `body` takes one first."""
-        task = self._loop.create_task(perform(job) if body is None else body)
-        self._tasks[task] = (job, on_end)
-        task.add_done_callback(self._ended)
+    def start(self, job: ActiveJob) -> None:
+        """Run a stream's job, which has its slot, in a task and a context of its own."""
+        self._tasks[job] = None
+        task = self._loop.create_task(self._perform(job), name=job.name)
+        if job in self._tasks:  # an eager task factory may have run it to its end
+            self._tasks[job] = task
+
+    def submit(self, job: ActiveJob) -> "asyncio.Task[Any]":
+        """Run a submitted job in a task and a context of its own, when there is a slot for it."""
+        self._tasks[job] = None
+        task = self._loop.create_task(self._perform_in_turn(job), name=job.name)
+        if job in self._tasks:
+            self._tasks[job] = task
+            task.add_done_callback(lambda done: self._settle(job, done))
         return task
 
-    def refuse(self, job: ActiveJob, error: Exception) -> Outcome[Any]:
-        """The outcome of a job that has its slot and cannot start."""
-        outcome = job.refused(error)
-        self.slots.give_back(job)
-        self._count(job, outcome)
-        return outcome
+    def refuse(self, job: ActiveJob, error: Exception) -> None:
+        """End a job that has its slot and cannot start."""
+        self._tasks[job] = None
+        self._end(job, job.failed(error, self._now()))
 
-    def cancel(self, jobs: Callable[[ActiveJob], bool] = lambda _job: True) -> None:
-        """Cancel the jobs that `jobs` picks. Their ends come through the loop."""
-        for task, (job, _) in list(self._tasks.items()):
-            if jobs(job):
+    def cancel(self, which: Which = all_of_them) -> None:
+        """Cancel jobs, but for the one that asks. They end when their tasks do."""
+        this = asyncio.current_task()
+        for job, task in list(self._tasks.items()):
+            if task is not None and task is not this and which(job):
                 job.cancelled = True
                 task.cancel()
+                if job.started is None and job.receiver is not None:
+                    self._end(job, None)
 
-    def complain(self, jobs: Callable[[ActiveJob], bool] = lambda _job: True) -> None:
-        """Name the jobs that still run `PATIENCE` seconds after they were cancelled."""
-        for job, _ in self._tasks.values():
-            if jobs(job):
-                logger.error(
-                    "%r goes on %g s after it was cancelled: it swallowed asyncio.CancelledError, which must be raised "
-                    "again wherever it is caught. It is abandoned, and keeps its slot until it ends.",
-                    job,
-                    PATIENCE,
-                )
+    async def wait(self, timeout: float | None = None, which: Which = all_of_them) -> bool:
+        """Wait until none of these jobs runs; False if `timeout` seconds were not enough.
 
-    async def wait(self, timeout: float | None = None) -> bool:
-        """Wait until no job runs; False if `timeout` seconds were not enough."""
+        A job that calls this is not waited for.
+        """
         deadline = None if timeout is None else self._loop.time() + timeout
-        while self._tasks:
+        while tasks := self._tasks_to_wait_for(which):
             left = None if deadline is None else deadline - self._loop.time()
             if left is not None and left <= 0:
                 return False
-            others = [task for task in self._tasks if task is not asyncio.current_task()]
-            if not others:
-                return False
-            await asyncio.wait(others, timeout=left)
+            done, _ = await asyncio.wait(tasks, timeout=left)
+            for task in done:
+                self._end_if_never_begun(tasks[task])
         return True
 
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
-        job, on_end = self._tasks.pop(task)
-        outcome = job.outcome(task, self._loop.time())
+    def complain(self, which: Which = all_of_them) -> None:
+        """Name the jobs that still run `PATIENCE` seconds after they were cancelled."""
+        for job in filter(which, self._tasks):
+            logger.error(
+                "%r goes on %g s after it was cancelled: it swallowed asyncio.CancelledError, which must be raised "
+                "again wherever it is caught. It is abandoned, and keeps its slot until it ends.",
+                job,
+                PATIENCE,
+            )
+
+    def _tasks_to_wait_for(self, which: Which) -> "dict[asyncio.Task[Any], ActiveJob]":
+        this = asyncio.current_task()
+        return {task: job for job, task in self._tasks.items() if task not in (None, this) and which(job)}
+
+    async def _perform_in_turn(self, job: ActiveJob) -> Any:
+        try:
+            await self.slots.take(job)
+        except asyncio.CancelledError:
+            self._end(job, None)
+            raise
+        return await self._perform(job)
+
+    async def _perform(self, job: ActiveJob) -> Any:
+        """The body of a job's task. A submitted job's value and error go to its future, all others to the receiver."""
+        enter(job)
+        job.started = self._now()
+        try:
+            if job.timeout is not None:
+                value = await in_time(job, job.timeout)
+            elif job.kwargs is None:
+                value = await job.fn(*job.args)
+            else:
+                value = await job.fn(*job.args, **job.kwargs)
+            if type(value) is CoroutineType:
+                refuse_coroutine(value, job)
+        except (KeyboardInterrupt, GeneratorExit):
+            self._end(job, None)
+            raise
+        except asyncio.CancelledError as error:
+            if job.cancelled or job.receiver is None:
+                self._end(job, None)
+                raise
+            self._end(job, job.failed(error, self._now()))
+        except BaseException as error:  # all of them end the job, and none may end the loop
+            harmless = contained(error, repr(job))
+            self._end(job, job.failed(harmless, self._now()))
+            if job.receiver is None:
+                if harmless is error:
+                    raise
+                raise harmless from harmless.__cause__
+        else:
+            self._end(job, job.succeeded(value, self._now()))
+            return value if job.receiver is None else None
+
+    def _settle(self, job: ActiveJob, task: "asyncio.Task[Any]") -> None:
+        """The future of a submitted job is done."""
+        self._end_if_never_begun(job)
+        if not task.cancelled():
+            task.exception()  # the failure is in the log already: asyncio need not complain that nobody looked at it
+
+    def _end_if_never_begun(self, job: ActiveJob) -> None:
+        if job in self._tasks:
+            self._end(job, None)
+
+    def _end(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
+        del self._tasks[job]
         if job.holds:
             self.slots.give_back(job)
         if outcome is None:
             self.cancelled += 1
-        else:
-            self._count(job, outcome)
-        if on_end is not None:
-            on_end(job, outcome)
-        job.forget()
-
-    def _count(self, job: ActiveJob, outcome: Outcome[Any]) -> None:
-        if outcome.kind is None:
+        elif outcome.kind is None:
             self.done += 1
             self.ran.record(outcome.ran)
         else:
             self.failed[outcome.kind] = self.failed.get(outcome.kind, 0) + 1
             self._log.write(job.name, outcome)
-        if self._instruments:
+        if self._instruments and outcome is not None:
             self._tell(JobEnded(outcome))
+        if job.receiver is not None:
+            job.receiver.job_ended(job, outcome)
+        job.forget()
 
     def _tell(self, event: JobEnded) -> None:
         for instrument in tuple(self._instruments):

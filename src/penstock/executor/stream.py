@@ -4,13 +4,13 @@ The handle starts its feed at first use. The feed does not know the handle, so a
 (`break` without `async with`) is found by the garbage collector, which cancels the feed and warns.
 """
 
-import asyncio
 import warnings
+from asyncio import get_running_loop
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, cast
 
 from penstock.errors import ClosedError, WrongLoop
 from penstock.executor.feed import Feed
@@ -59,12 +59,12 @@ class Stream(Generic[T]):
             of a job, in input order, which closes the stream.
     """
 
-    def __init__(self, start: Callable[[], Feed], unpack: Callable[[Outcome[Any]], T]) -> None:
+    def __init__(self, start: Callable[[], Feed], unpack: Callable[[Outcome[Any]], T] | None) -> None:
         self._start = start
         self._unpack = unpack
         self._feed: Feed | None = None
         self._closed = False
-        self._loop = asyncio.get_running_loop()
+        self._loop = get_running_loop()
 
     def __await__(self) -> Generator[Any, None, list[T]]:
         return self._all().__await__()
@@ -74,16 +74,23 @@ class Stream(Generic[T]):
 
     async def __anext__(self) -> T:
         feed = self._opened()
+        if not feed.ready:
+            await self._wait_for_more(feed)
+        outcome = feed.take()
+        if self._unpack is None:
+            return cast("T", outcome)
+        try:
+            return self._unpack(outcome)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def _wait_for_more(self, feed: Feed) -> None:
         while not feed.ready:
             if feed.over.is_set():
                 self._closed = True
                 raise StopAsyncIteration if feed.stopped is None else feed.stopped
             await feed.wait()
-        try:
-            return self._unpack(feed.take())
-        except BaseException:
-            await self.aclose()
-            raise
 
     async def __aenter__(self) -> Self:
         self._opened()
@@ -130,7 +137,7 @@ class Stream(Generic[T]):
             return [value async for value in self]
 
     def _opened(self) -> Feed:
-        if asyncio.get_running_loop() is not self._loop:
+        if get_running_loop() is not self._loop:
             raise WrongLoop("this stream belongs to another event loop; read it on the loop where it was made.")
         if self._feed is None:
             if self._closed:

@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job, host_of_current_job
 from penstock.errors import AttemptTimeout, UsageError, WrongLoop
-from penstock.gate.retry import Retry, RetryPolicy
+from penstock.gate.retry import Retry, RetryPolicy, check_timeout
 from penstock.gate.server_hints import hint_of
 from penstock.gate.service import KeyStatistics, Service
 from penstock.outcome import FailureKind, classify
@@ -88,8 +88,11 @@ class Gate:
     ) -> None:
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise UsageError(f"limit={limit!r}: expected a whole number of at least 1 (round trips in flight).")
-        if timeout is not None and timeout <= 0:
-            raise UsageError(f"timeout={timeout!r}: expected seconds above 0, or None for no limit.")
+        check_timeout(f"timeout={timeout!r}", timeout)
+        if retry is not None and not isinstance(retry, Retry):
+            raise UsageError(f"retry={retry!r}: expected a policy. Write retry=Retry(attempts=3).")
+        if key is not None and not callable(key):
+            raise UsageError(f"key={key!r}: expected a function that is given the arguments and returns the key.")
         self.name = name
         self.retry = Retry() if retry is None else retry
         self._limit = limit
@@ -150,25 +153,32 @@ class Gate:
         service = self._services.get(key)
         return self._add(key) if service is None else service
 
-    async def begin(self, trip: RoundTrip[T], service: Service) -> T:
-        """Attempt `trip` until it works; return its value with the permit still held: `service.give_back()` is owed."""
+    async def begin(self, trip: RoundTrip[T], service: Service, *, asked: float | None = None) -> T:
+        """Attempt `trip` until it works; return its value with the permit still held: `service.give_back()` is owed.
+
+        `asked`: when it was first asked for, on the loop's clock, if it is the continuation of an earlier round trip.
+        """
         job = current_job()
         now = service.now
-        asked = now()
+        if asked is None:
+            asked = now()
         deadline = None if self._policy.timeout is None else asked + self._policy.timeout
         history: list[str] = []
         while True:
             if not service.take_nowait():
                 await self._wait_for_permit(trip, service, job, deadline, history)
             started = now()
+            if deadline is not None and started >= deadline:
+                service.give_back()
+                raise self._too_late(trip, "the attempt could not start in time", history)
             service.attempts += 1
+            service.retries += bool(history)
             if job is not None:
                 job.attempts += 1
             try:
                 value = await self._attempt(trip, self._time_for_attempt(deadline, started))
             except Exception as error:  # noqa: BLE001  # raised again below unless it is retried
                 failure = error
-                service.give_back()
             except BaseException:
                 service.give_back()
                 raise
@@ -182,9 +192,9 @@ class Gate:
                 if back_off is None:
                     raise failure
             finally:
+                service.give_back()  # after a pause was noted, or the next in line would slip through before it
                 del failure  # its traceback holds this frame: a cycle that would keep the job's data alive
-            await _sleep(back_off, job)
-            service.retries += 1
+            await _sleep(back_off, service, job)
 
     def _back_off(
         self,
@@ -195,25 +205,31 @@ class Gate:
         asked: float,
         deadline: float | None,
     ) -> float | None:
-        """Seconds until the next attempt; None, with a note on `failure`, when there is to be none.
+        """Seconds until the next attempt may ask for a permit; None, with a note on `failure`, if there is to be none.
 
-        The key is paused as the server asks either way: others are about to call it too.
+        A server that asks for less pauses the key even so: others are about to call it too. The pause is not slept
+        off here but waited for in the key's queue, so that at its end the retries come before fresh work.
         """
-        hint = hint_of(failure) if classify(failure) is FailureKind.THROTTLED else None
-        if hint is not None:
-            hint *= 1.0 + random.uniform(0.0, HINT_JITTER)
-            service.pause(hint)
-        now, number = service.now(), len(history)
-        refusal = self._policy.refuses(failure, number, asked, now)
-        if refusal is None and not trip.repeatable(failure):
-            refusal = "it may have been carried out, and is not declared idempotent"
-        if refusal is None:
-            back_off = max(self._policy.back_off(failure, number, asked, now), hint or 0.0)
-            if deadline is None or now + back_off < deadline:
-                return back_off
-            refusal = f"the next attempt would start in {back_off:.1f} s, after the end of Retry(timeout=)"
-        failure.add_note(self._account(refusal, history))
+        now = service.now()
+        decision = self._policy.decide(failure, len(history), asked, now)
+        if not isinstance(decision, str) and not trip.repeatable(failure):
+            decision = "it may have been carried out, and is not declared idempotent"
+        refused = isinstance(decision, str)
+        hint = hint_of(failure)
+        if hint is not None and (not refused or classify(failure) is FailureKind.THROTTLED):
+            service.pause(hint * (1.0 + random.uniform(0.0, HINT_JITTER)))
+        if not isinstance(decision, str):
+            starts_in = max(decision, service.paused_for)
+            if deadline is None or now + starts_in < deadline:
+                return decision
+            decision = f"the next attempt would start in {starts_in:.1f} s, after the end of Retry(timeout=)"
+        failure.add_note(self._account(decision, history))
         return None
+
+    def _too_late(self, trip: RoundTrip[Any], what: str, history: list[str]) -> AttemptTimeout:
+        late = AttemptTimeout(f"{trip}: {what}")
+        late.add_note(self._account(f"Retry(timeout={self._policy.timeout:g}) was over", history))
+        return late
 
     def _account(self, why: str, history: list[str]) -> str:
         return "\n  ".join([f"gate {self.name!r} gave up: {why}", *history])
@@ -248,11 +264,9 @@ class Gate:
             async with asyncio.timeout_at(deadline):
                 await service.take(again=bool(history))
         except TimeoutError as error:
-            late = AttemptTimeout(
-                f"{trip}: got none of the {service.limit} permits of gate {self.name!r} in {service.now() - asked:g} s"
-            )
-            late.add_note(self._account("Retry(timeout=) was over before the attempt could start", history))
-            raise late from error
+            paused = f", which is paused for another {service.paused_for:.1f} s" if service.paused_for else ""
+            what = f"got no permit of gate {self.name!r} in {service.now() - asked:g} s{paused}"
+            raise self._too_late(trip, what, history) from error
         finally:
             if job is not None:
                 job.waited += service.now() - asked
@@ -297,6 +311,11 @@ class _FunctionCall(Generic[T]):
     async def attempt(self) -> T:
         if is_async(self.fn):
             value = await cast("Awaitable[T]", self.fn(*self.args, **self.kwargs))
+        elif current_job() is None:
+            raise UsageError(
+                f"gate.call was given a plain function, {self}, outside a job, where there is no executor whose "
+                f"thread could run it. Make it `async def`, or pass one that awaits `executor.to_thread({self}, ...)`."
+            )
         else:
             value = await host_of_current_job("to_thread").to_thread(
                 cast("Callable[..., T]", self.fn), *self.args, **self.kwargs
@@ -322,18 +341,21 @@ class _Permit:
         self._service: Service | None = None
 
     async def __aenter__(self) -> None:
-        service = self._gate.service(self._key)
         if self._service is not None:
-            raise UsageError("this permit is already held. Call gate.permit() once for each `async with`.")
-        if not service.take_nowait():
-            job = current_job()
-            asked = service.now()
-            try:
-                await service.take()
-            finally:
-                if job is not None:
-                    job.waited += service.now() - asked
-        self._service = service
+            raise UsageError("this permit is already in use. Call gate.permit() once for each `async with`.")
+        service = self._service = self._gate.service(self._key)
+        if service.take_nowait():
+            return
+        job = current_job()
+        asked = service.now()
+        try:
+            await service.take()
+        except BaseException:
+            self._service = None
+            raise
+        finally:
+            if job is not None:
+                job.waited += service.now() - asked
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -343,10 +365,12 @@ class _Permit:
         service.give_back()
 
 
-async def _sleep(duration: float, job: RunningJob | None) -> None:
-    started = asyncio.get_running_loop().time()
+async def _sleep(duration: float, service: Service, job: RunningJob | None) -> None:
+    started = service.now()
+    service.backing_off += 1
     try:
         await asyncio.sleep(duration)
     finally:
+        service.backing_off -= 1
         if job is not None:
-            job.waited += asyncio.get_running_loop().time() - started
+            job.waited += service.now() - started

@@ -6,6 +6,7 @@ functions of a `RetryCallState`, which is made here after the first failure only
 """
 
 import inspect
+import math
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -73,11 +74,50 @@ class Retry:
                 f"Retry(attempts={self.attempts!r}): expected a whole number of at least 1. "
                 f"Write Retry(attempts=1) for no retry; a tenacity stop object goes to stop=."
             )
-        if self.timeout is not None and self.timeout <= 0:
-            raise UsageError(f"Retry(timeout={self.timeout!r}): expected seconds above 0, or None for no limit.")
-        if isinstance(self.wait, int | float) and self.wait < 0:
-            raise UsageError(f"Retry(wait={self.wait!r}): expected seconds of at least 0.")
-        _refuse_what_cannot_be_asked(self.on)
+        check_timeout(f"Retry(timeout={self.timeout!r})", self.timeout)
+        if isinstance(self.wait, int | float):
+            if isinstance(self.wait, bool) or not 0 <= self.wait < math.inf:
+                raise UsageError(f"Retry(wait={self.wait!r}): expected seconds of at least 0.")
+        elif self.wait is not None and not callable(self.wait):
+            raise UsageError(f"Retry(wait={self.wait!r}): expected seconds, or a tenacity wait object.")
+        if self.stop is not None and not callable(self.stop):
+            raise UsageError(f"Retry(stop={self.stop!r}): expected a tenacity stop object; a number goes to attempts=.")
+        if self.on is not None:
+            _check_on(self.on)
+
+
+def check_timeout(found: str, timeout: object) -> None:
+    """Refuse what is no timeout.
+
+    Raises:
+        UsageError: neither None nor seconds above 0.
+    """
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and timeout > 0):  # type: ignore[operator]
+        raise UsageError(f"{found}: expected seconds above 0, or None for no limit.")
+
+
+def _check_on(on: object) -> None:
+    if isinstance(on, str | type):
+        _check_part(on)
+    elif isinstance(on, Collection):
+        for part in on:
+            _check_part(part)
+    elif callable(on):
+        _refuse_what_cannot_be_asked(on)
+    else:
+        raise UsageError(f"Retry(on={on!r}): expected failure kinds, exception classes, or a predicate on errors.")
+
+
+def _check_part(on: object) -> None:
+    """Check what may stand alone and in a collection: a kind or a class."""
+    if isinstance(on, type) and issubclass(on, Exception):
+        return
+    if on not in list(FailureKind):
+        raise UsageError(
+            f"Retry(on={on!r}): expected a failure kind ({', '.join(FailureKind)}) or a subclass of Exception. "
+            f"Cancellation is never retried; a predicate stands alone."
+        )
 
 
 def _refuse_what_cannot_be_asked(on: object) -> None:
@@ -116,20 +156,17 @@ class RetryPolicy:
         self._wait = _wait_strategy(retry.wait)
         self._wants = _predicate(retry.on)
 
-    def refuses(self, error: Exception, number: int, asked: float, now: float) -> str | None:
-        """Why attempt `number`, which failed with `error`, is not followed by another; None when it may be."""
+    def decide(self, error: Exception, number: int, asked: float, now: float) -> float | str:
+        """Seconds to wait after attempt `number`, which failed with `error`; or why no other attempt follows."""
         state = _call_state(error, number, asked, now)
         if not self._wants(state):
             return f"{classify(error)} errors are not retried here"
         if self._attempts(state):
             return f"all {number} attempts used"
+        state.upcoming_sleep = float(self._wait(state))  # before `stop`, as in tenacity: stop_before_delay reads it
         if self._stop is not None and self._stop(state):
             return f"{type(self._stop).__name__} said stop"
-        return None
-
-    def back_off(self, error: Exception, number: int, asked: float, now: float) -> float:
-        """Seconds to wait before attempt `number + 1`."""
-        return float(self._wait(_call_state(error, number, asked, now)))
+        return state.upcoming_sleep
 
 
 def _call_state(error: Exception, number: int, asked: float, now: float) -> RetryCallState:

@@ -1,5 +1,6 @@
 """What a server says about when to come back. Decides only: text and `now` in, seconds out."""
 
+from calendar import timegm
 from email.utils import parsedate_to_datetime
 
 LONGEST_HINT = 3_600.0
@@ -29,7 +30,8 @@ def parse_retry_after(value: str | None, *, date: str | None, now: float) -> flo
 
 def _epoch(value: str) -> float | None:
     try:
-        return parsedate_to_datetime(value).timestamp()
+        # Not .timestamp(): a date without a zone is GMT here (RFC 9110 5.6.7), not the local time of this machine.
+        return float(timegm(parsedate_to_datetime(value).utctimetuple()))
     except (ValueError, OverflowError, IndexError):
         return None
 

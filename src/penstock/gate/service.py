@@ -30,15 +30,22 @@ class KeyStatistics:
 class Service(KeyQueue):
     """A key's queue, and what has happened there. Loop thread only."""
 
-    __slots__ = ("attempts", "failed", "latency", "retries", "succeeded")
+    __slots__ = ("attempts", "backing_off", "failed", "latency", "retries", "succeeded")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         super().__init__(loop, limit)
         self.attempts = 0
+        self.backing_off = 0
+        """Callers that will come back for their next attempt: the key is in use."""
         self.retries = 0
         self.succeeded = 0
         self.failed: dict[FailureKind, int] = {}
         self.latency = Histogram()
+
+    @property
+    def idle(self) -> bool:
+        """True when it may be forgotten: nobody uses it, waits for it or will come back, and no pause is remembered."""
+        return super().idle and not self.backing_off
 
     def count_success(self, elapsed: float) -> None:
         """Count an attempt that worked."""

@@ -1,0 +1,411 @@
+"""Two round trips for each record, and an account of every record: the job that penstock is made for.
+
+For each record it asks `GET /api1`, posts the answer to `/api2`, counts the words of that answer off the loop and takes
+its key. Without options it makes 10,000 records and starts a service of its own, one that fails now and then.
+
+    python examples/two_step.py
+    python examples/two_step.py --errors 0.3 --output keys.jsonl
+    python examples/two_step.py --base-url http://127.0.0.1:8080 --input people.csv --output keys.jsonl
+
+The input is read and the output written as the run goes, so neither has to fit into memory. A record is known by its
+`id`; one without is known by its line, as "line 17". Each outcome, good or bad, is one whole line of the output, on its
+way to the disk before the next one is looked at: whatever ends this program, no line is torn or missing.
+
+Ctrl-C takes no more records and finishes those in flight; a second one cancels them. Either way the sums are drawn.
+
+Exit status: 0 all done; 1 wrong use, a malformed input line, an output that cannot be written; 5 some records failed;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import csv
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import penstock
+from records import make_records
+from service import EmbeddedService, add_service_flags, config_from
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from types import FrameType
+    from typing import BinaryIO
+
+JOBS = 10_000
+RETRY = penstock.Retry(attempts=4)
+
+
+# --- the job ---
+
+
+class Item(NamedTuple):
+    """A record, and what it is known by."""
+
+    key: object
+    record: dict[str, Any]
+
+
+def digest(answer: dict[str, Any]) -> dict[str, Any]:
+    """What is wanted of an answer: stands for all work that would hold up the loop."""
+    words = Counter(answer["words"])
+    return {"key": answer["key"], "words": len(words)}
+
+
+async def score_all(api: penstock.HttpClient, source: Source, output: Output, limit: int | None) -> Run:
+    async def score(item: Item) -> dict[str, Any]:
+        profile = await api.get_json("/api1", params=item.record)
+        answer = await api.post_json("/api2", json=profile, idempotent=True)
+        return await penstock.compute(digest, answer)
+
+    run = Run()
+    progress = penstock.ProgressLine(source.total)
+    async with api, penstock.Executor(limit=limit, instruments=[progress]) as executor:
+        with contextlib.closing(progress), ctrl_c_shuts_down(executor):
+            async with executor.as_completed(score, source, key=attrgetter("key")) as stream:
+                await collect(stream, output, run)
+    return run
+
+
+async def collect(stream: penstock.Stream[penstock.Outcome[dict[str, Any]]], output: Output, run: Run) -> None:
+    try:
+        async for outcome in stream:
+            report = report_of(outcome)
+            output.write(report)
+            run.count(outcome.kind, report)
+    except penstock.ClosedError:
+        run.stopped = True
+    except BadInput as error:
+        run.bad_input = error
+    run.left = stream.statistics().left
+
+
+@contextlib.contextmanager
+def ctrl_c_shuts_down(executor: penstock.Executor) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    shutdowns: list[asyncio.Task[None]] = []
+
+    def shut_down() -> None:
+        again = bool(shutdowns)
+        shutdowns.append(loop.create_task(executor.shutdown(timeout=0.0 if again else None)))
+        what = "cancelling it" if again else "finishing what is in flight; Ctrl-C again cancels it"
+        print(f"\ninterrupted: {what}", file=sys.stderr)
+
+    # The signal comes between any two instructions; the executor wants to be called by its loop.
+    def pressed(_signal: int, _frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(shut_down)
+
+    before = signal.signal(signal.SIGINT, pressed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# --- records in ---
+
+
+class BadInput(Exception):
+    """The input cannot be read, or has a line that is no record."""
+
+
+class Source:
+    """The records, counted where they are taken: the sums at the end must not rest on penstock's own count."""
+
+    def __init__(self, items: Iterator[Item], *, total: int | None = None, waits: bool = False) -> None:
+        self.taken = 0
+        self.total = total
+        self._items = items
+        self._waits = waits
+
+    async def __aiter__(self) -> AsyncIterator[Item]:
+        if self._waits:
+            async for item in penstock.pull_in_thread(self._items):
+                self.taken += 1
+                yield item
+        else:
+            for item in self._items:
+                self.taken += 1
+                yield item
+
+    def take_rest(self) -> None:
+        """Count what was not taken. What a pipe still holds, nobody knows."""
+        for _ in () if self._waits else self._items:
+            self.taken += 1
+
+
+def item_of(record: dict[str, Any], number: int) -> Item:
+    key = record.get("id")
+    return Item(f"line {number}" if key in (None, "") else key, record)
+
+
+def lines_of(name: str, file: BinaryIO) -> Iterator[str]:
+    # Decoded one by one: a text file decodes ahead, and would refuse good lines for the sake of a later one.
+    for number in itertools.count(1):
+        try:
+            line = file.readline().decode("utf-8-sig")
+        except (UnicodeDecodeError, OSError) as error:
+            raise BadInput(f"{name}, line {number}: {error}") from None
+        if not line:
+            return
+        yield line
+
+
+def read_jsonl(name: str, file: BinaryIO) -> Iterator[Item]:
+    for number, line in enumerate(lines_of(name, file), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{name}, line {number}: not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise BadInput(f"{name}, line {number}: expected a JSON object, found {line.strip():.50}")
+        yield item_of(record, number)
+
+
+def read_csv(name: str, file: BinaryIO) -> Iterator[Item]:
+    rows = csv.reader(lines_of(name, file), strict=True)
+    try:
+        header = next(rows, [])
+        if len(set(header)) < len(header):
+            raise BadInput(f"{name}, line 1: two columns of the same name")
+        for row in rows:
+            if row and len(row) != len(header):
+                raise BadInput(f"{name}, line {rows.line_num}: {len(row)} fields under {len(header)} column names")
+            if row:
+                yield item_of(dict(zip(header, row, strict=True)), rows.line_num)
+    except csv.Error as error:
+        raise BadInput(f"{name}, line {rows.line_num}: {error}") from None
+
+
+READERS = {".jsonl": read_jsonl, ".csv": read_csv}
+
+
+# --- outcomes out ---
+
+
+class BadOutput(Exception):
+    """The output cannot be written."""
+
+
+class Output:
+    """A file of whole lines. Each is one system call: some microseconds, and nothing is left behind in a buffer."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by close()
+        self._lines = self._size_bytes = 0
+
+    def write(self, report: dict[str, Any]) -> None:
+        line = json.dumps(report).encode() + b"\n"
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            # A full disk takes what fits: no line is better than half a line.
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._size_bytes)
+            raise BadOutput(f"{self._path}: {error.strerror}, after {self._lines} whole lines") from None
+        self._lines += 1
+        self._size_bytes += len(line)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def report_of(outcome: penstock.Outcome[dict[str, Any]]) -> dict[str, Any]:
+    report = {"id": outcome.key, "ok": outcome.ok, "attempts": outcome.attempts}
+    if outcome.ok:
+        return report | outcome.unwrap()
+    return report | {"kind": outcome.kind, "error": f"{type(outcome.error).__name__}: {outcome.error}"}
+
+
+# --- the sums ---
+
+
+@dataclass
+class Run:
+    """What became of the records, counted where the outcomes arrive."""
+
+    ended: Counter[penstock.FailureKind | None] = field(default_factory=Counter)
+    examples: dict[penstock.FailureKind | None, dict[str, Any]] = field(default_factory=dict)
+    left: int = 0
+    stopped: bool = False
+    bad_input: BadInput | None = None
+
+    def count(self, kind: penstock.FailureKind | None, report: dict[str, Any]) -> None:
+        self.ended[kind] += 1
+        self.examples.setdefault(kind, report)
+
+    @property
+    def done(self) -> int:
+        return self.ended[None]
+
+    @property
+    def failed(self) -> int:
+        return self.ended.total() - self.done
+
+
+class Usage(NamedTuple):
+    """Clocks, of which differences are taken."""
+
+    wall: float
+    client: float
+    service: float | None
+
+
+def usage(service: EmbeddedService | None) -> Usage:
+    return Usage(time.perf_counter(), time.process_time(), service.cpu_time() if service else None)
+
+
+def count_what_is_left(run: Run, source: Source) -> None:
+    taken = source.taken
+    try:
+        source.take_rest()
+    except BadInput as error:
+        run.bad_input = error
+    run.left += source.taken - taken
+
+
+def print_account(run: Run, source: Source, api: penstock.HttpClient, before: Usage, after: Usage) -> None:
+    wall = after.wall - before.wall
+    print(f"{run.done} done in {wall:.2f} s: {run.done / wall:.1f} jobs/s")
+    for kind, report in run.examples.items():
+        if kind is not None:
+            print(f"{run.ended[kind]} failed ({kind}), as {report['id']!r} did: {report['error']}")
+    for origin, seen in api.statistics().items():
+        print(f"{origin}: {seen.attempts} requests, {seen.retries} of them retries", end="")
+        if seen.succeeded:
+            print(f"; round trip p50 {seen.latency.p50 * 1e3:.1f} ms, p99 {seen.latency.p99 * 1e3:.1f} ms", end="")
+        print()
+    print(f"CPU: client {(after.client - before.client) / wall:.0%}", end="")
+    if before.service is not None and after.service is not None:
+        print(f", service {(after.service - before.service) / wall:.0%}", end="")
+    print(" of a core")
+    print(f"in {source.taken} = done {run.done} + failed {run.failed} + left {run.left}")
+
+
+def exit_status(run: Run, source: Source) -> int:
+    if source.taken != run.done + run.failed + run.left:
+        return complain("the sums do not hold: a record was lost, or counted twice")
+    status = 5 if run.failed else 0
+    if run.bad_input is not None:
+        status = complain(str(run.bad_input))
+    return 130 if run.stopped or run.left else status
+
+
+def complain(message: str) -> int:
+    print(f"two_step.py: error: {message}", file=sys.stderr)
+    return 1
+
+
+# --- the command line ---
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with exit status 1 for wrong use."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def make_parser() -> Parser:
+    parser = Parser(description="Two round trips for each record, and an account of every record.", allow_abbrev=False)
+    records = parser.add_mutually_exclusive_group()
+    records.add_argument("--jobs", type=at_least_one, default=JOBS, help=f"records to make (default: {JOBS})")
+    records.add_argument("--input", type=Path, help="records to read: a .jsonl or .csv file, or - for JSONL from stdin")
+    parser.add_argument("--output", type=Path, help="outcomes as JSONL, one line each; an existing file is replaced")
+    parser.add_argument("--limit", type=at_least_one, help="jobs that run at once (default: penstock's)")
+    parser.add_argument("--base-url", help="a service that runs already; else one is started for this run")
+    add_service_flags(parser, without=("host", "port"))
+    return parser
+
+
+def open_source(parser: Parser, flags: argparse.Namespace, stack: contextlib.ExitStack) -> Source:
+    path: Path | None = flags.input
+    if path is None:
+        return Source((item_of(record, 0) for record in make_records(flags.jobs, flags.seed)), total=flags.jobs)
+    if path == Path("-"):
+        # Not sys.stdin: closing that at exit would wait for the thread that reads it.
+        return Source(read_jsonl("stdin", open(0, "rb", closefd=False)), waits=True)
+    if path.suffix not in READERS:
+        parser.error(f"--input {path}: expected a name that ends in {' or '.join(READERS)}")
+    try:
+        return Source(READERS[path.suffix](str(path), stack.enter_context(path.open("rb"))))
+    except OSError as error:
+        parser.error(f"--input {path}: {error.strerror}")
+
+
+def open_output(parser: Parser, flags: argparse.Namespace) -> Output:
+    path: Path = flags.output or Path(os.devnull)
+    try:
+        if flags.input is not None and path.exists() and flags.input.exists() and path.samefile(flags.input):
+            parser.error(f"--output {path}: is the input, too")
+        return Output(path)
+    except OSError as error:
+        parser.error(f"--output {path}: {error.strerror}")
+
+
+def open_client(parser: Parser, base_url: str) -> penstock.HttpClient:
+    try:
+        return penstock.HttpClient(base_url, retry=RETRY)
+    except (penstock.UsageError, ValueError) as error:
+        parser.error(f"--base-url {base_url}: {error}")
+
+
+def run_and_account(parser: Parser, flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
+    config = config_from(parser, flags)
+    source = open_source(parser, flags, stack)
+    api = None if flags.base_url is None else open_client(parser, flags.base_url)
+    output = stack.enter_context(contextlib.closing(open_output(parser, flags)))
+    service = None
+    if api is None:
+        service = stack.enter_context(EmbeddedService(config))
+        api = open_client(parser, service.url)
+
+    # Failures are in the output, and an example of each kind in the account; tracebacks are for bugs.
+    logging.getLogger("penstock.jobs").setLevel(logging.ERROR)
+    before = usage(service)
+    run = asyncio.run(score_all(api, source, output, flags.limit))
+    after = usage(service)
+    count_what_is_left(run, source)
+    print_account(run, source, api, before, after)
+    return exit_status(run, source)
+
+
+def main() -> int:
+    parser = make_parser()
+    flags = parser.parse_args()
+    try:
+        with contextlib.ExitStack() as stack:
+            return run_and_account(parser, flags, stack)
+    except BadOutput as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

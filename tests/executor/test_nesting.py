@@ -1,0 +1,224 @@
+"""Jobs that submit jobs: any depth, any fan-out, never a deadlock, never more at once than slots allow."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock import Executor, current_job
+from penstock.testing import run_in_virtual_time
+
+pytestmark = pytest.mark.virtual_clock
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_a_chain_of_a_thousand_jobs_runs_on_any_number_of_slots(limit: int) -> None:
+    """Each job waits for the one it submits; the deepest always has a slot to run on."""
+    async with Executor(limit=limit) as executor:
+
+        async def deeper(depth: int) -> int:
+            job = current_job()
+            assert job is not None
+            assert job.depth == 1_000 - depth
+            return 0 if depth == 0 else 1 + await executor.submit(deeper, depth - 1)
+
+        assert await executor.submit(deeper, 1_000) == 1_000
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+async def test_fan_out_in_every_job_of_a_full_executor_ends(limit: int) -> None:
+    """Every slot is taken by a job that maps over children with children of their own."""
+    async with Executor(limit=limit) as executor:
+
+        async def leaf(item: int) -> int:
+            await asyncio.sleep(1)
+            return item
+
+        async def branch(item: int) -> int:
+            return sum(await executor.map(leaf, range(item)))
+
+        async def tree(item: int) -> int:
+            return sum(await executor.map(branch, range(item)))
+
+        assert await executor.map(tree, [4] * 10) == [4] * 10
+
+
+async def test_a_child_takes_a_free_slot_before_its_parents() -> None:
+    """Children run side by side as long as slots are free."""
+    loop = asyncio.get_running_loop()
+    async with Executor(limit=5) as executor:
+
+        async def child(_item: int) -> None:
+            await asyncio.sleep(1)
+
+        async def parent() -> float:
+            started = loop.time()
+            await executor.map(child, range(10))
+            return loop.time() - started
+
+        # Four free slots and the parent's: ten children take two rounds.
+        assert await executor.submit(parent) == pytest.approx(2)
+
+
+async def test_one_child_at_a_time_runs_on_its_parents_slot() -> None:
+    """With a single slot, the children of a job run one after another."""
+    loop = asyncio.get_running_loop()
+    async with Executor(limit=1) as executor:
+
+        async def child() -> None:
+            await asyncio.sleep(1)
+
+        async def parent() -> float:
+            started = loop.time()
+            await asyncio.gather(*(executor.submit(child) for _ in range(5)))
+            return loop.time() - started
+
+        assert await executor.submit(parent) == pytest.approx(5)
+
+
+async def test_a_child_that_waits_takes_whichever_slot_is_free_first() -> None:
+    """A straggler on the parent's slot does not keep the other children from slots that become free."""
+    loop = asyncio.get_running_loop()
+    async with Executor(limit=2) as executor:
+
+        async def sleep_for(seconds: int) -> None:
+            await asyncio.sleep(seconds)
+
+        async def parent() -> float:
+            straggler = executor.submit(sleep_for, 100)
+            started = loop.time()
+            await executor.map(sleep_for, [1] * 10)
+            elapsed = loop.time() - started
+            await straggler
+            return elapsed
+
+        other = executor.submit(sleep_for, 20)
+        elapsed = await executor.submit(parent)
+        await other
+    # The straggler has the parent's slot; after 20 s the other slot is free, and takes the ten one after another.
+    assert elapsed == pytest.approx(30)
+
+
+async def test_a_parent_that_ends_first_hands_its_slot_to_its_child() -> None:
+    """The slot stays taken until the child has ended: never more run than there are slots."""
+    async with Executor(limit=1) as executor:
+        order = []
+
+        async def child() -> None:
+            await asyncio.sleep(5)
+            order.append("child")
+
+        async def parent() -> None:
+            executor.submit(child)
+            await asyncio.sleep(1)
+            order.append("parent")
+
+        async def other() -> None:
+            order.append("other")
+
+        await executor.submit(parent)
+        await executor.submit(other)
+        assert order == ["parent", "child", "other"]
+
+
+async def test_children_of_a_parent_that_has_ended_look_to_the_grandparent() -> None:
+    """A job that waits for its grandchildren gets them, though their own parent is gone and no slot is free."""
+    async with Executor(limit=1) as executor:
+
+        async def grandchild() -> str:
+            await asyncio.sleep(1)
+            return "grandchild"
+
+        async def parent() -> "list[asyncio.Future[str]]":
+            return [executor.submit(grandchild) for _ in range(3)]
+
+        async def grandparent() -> list[str]:
+            return await asyncio.gather(*await executor.submit(parent))
+
+        assert await executor.submit(grandparent) == ["grandchild"] * 3
+
+
+async def test_a_chain_of_successors_does_not_grow_in_memory() -> None:
+    """A job that submits its successor and ends is forgotten: no record keeps its ancestors alive."""
+    import gc
+
+    from penstock.executor.active import ActiveJob
+
+    done = asyncio.Event()
+    async with Executor(limit=1) as executor:
+
+        async def hop(left: int) -> None:
+            await asyncio.sleep(0)
+            if left:
+                executor.submit(hop, left - 1)
+            else:
+                gc.collect()
+                assert sum(isinstance(thing, ActiveJob) for thing in gc.get_objects()) < 10
+                done.set()
+
+        executor.submit(hop, 500)
+        await done.wait()
+
+
+async def test_jobs_of_another_executor_are_no_children() -> None:
+    """Slots are lent within one executor only; the other one has slots of its own."""
+    async with Executor(limit=1) as first, Executor(limit=1) as second:
+
+        async def depth() -> int:
+            job = current_job()
+            assert job is not None
+            return job.depth
+
+        async def ask() -> int:
+            return await second.submit(depth)
+
+        assert await first.submit(ask) == 0
+
+
+programs = st.recursive(
+    st.integers(0, 3), lambda children: st.tuples(st.integers(0, 2), st.lists(children, max_size=4)), max_leaves=12
+)
+
+
+@settings(max_examples=60)
+@given(roots=st.lists(programs, min_size=1, max_size=5), limit=st.integers(1, 4), by_map=st.booleans())
+def test_random_trees_of_jobs_end_and_never_exceed_the_slots(roots: list[object], limit: int, by_map: bool) -> None:
+    """Whatever the tree, by `submit` or by `map`: all jobs end, and those that work themselves fit the slots."""
+    busy = 0
+    ended: Counter[str] = Counter()
+
+    async def main() -> None:
+        async with Executor(limit=limit) as executor:
+
+            async def work(seconds: int) -> None:
+                nonlocal busy
+                busy += 1
+                assert busy <= limit
+                await asyncio.sleep(seconds)
+                busy -= 1
+
+            async def node(program: object) -> None:
+                if isinstance(program, tuple):
+                    seconds, children = program
+                    await work(seconds)
+                    if by_map:
+                        await executor.map(node, children)
+                    else:
+                        await asyncio.gather(*(executor.submit(node, child) for child in children))
+                else:
+                    assert isinstance(program, int)
+                    await work(program)
+                ended["jobs"] += 1
+
+            await executor.map(node, roots)
+            assert executor.statistics().jobs == 0
+
+    run_in_virtual_time(main())
+    assert ended["jobs"] == sum(map(size, roots))
+
+
+def size(program: object) -> int:
+    """The number of jobs in a program."""
+    return 1 + sum(map(size, program[1])) if isinstance(program, tuple) else 1
