@@ -27,8 +27,9 @@ from penstock.errors import (
 from penstock.events import Instrument, JobEnded
 from penstock.executor.ambient import compute, to_thread
 from penstock.executor.definition import Job, job
-from penstock.executor.executor import Executor, ExecutorStatistics
-from penstock.executor.stream import Stream, StreamStatistics
+from penstock.executor.executor import Executor
+from penstock.executor.statistics import ExecutorStatistics, StreamStatistics
+from penstock.executor.stream import Stream
 from penstock.gate.gate import Gate
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import CoroutineType
 from typing import Any
 
@@ -10,20 +11,28 @@ from penstock.errors import UsageError
 
 def is_async(fn: Callable[..., Any]) -> bool:
     """Whether calling `fn` gives a coroutine: an async function, a partial of one, an object with an async call."""
+    fn = _inner(fn)
     return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(type(fn), "__call__", None))  # noqa: B004  # the attribute itself is asked about
 
 
 def name_of(fn: Callable[..., Any]) -> str:
     """What a function is called in logs and errors."""
-    inner = getattr(fn, "func", fn)  # a partial
-    return getattr(inner, "__qualname__", None) or type(inner).__qualname__
+    fn = _inner(fn)
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _inner(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial calls in the end."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    return fn
 
 
 def check_function(fn: object, call: str) -> None:
     """Refuse what cannot be called again and again; `call` is what the user wrote, such as `executor.map`.
 
     Raises:
-        UsageError: a coroutine object, or anything that is not callable.
+        UsageError: a coroutine object, an async generator function, or anything that is not callable.
     """
     if isinstance(fn, CoroutineType):
         fn.close()
@@ -32,7 +41,13 @@ def check_function(fn: object, call: str) -> None:
             f"for a retry. Write `{call}({fn.__name__}, ...)`, without calling {fn.__name__}."
         )
     if not callable(fn):
-        raise UsageError(f"found {fn!r}, expected a function. Write `{call}(fn, ...)`.")
+        raise UsageError(f"found {fn!r:.200}, expected a function. Write `{call}(fn, ...)`.")
+    if inspect.isasyncgenfunction(fn):
+        raise UsageError(
+            f"found the async generator function {name_of(fn)}: calling it would run none of it. Return the value "
+            f"instead of yielding it; if it opens what the job needs and yields the job function, decorate it with "
+            f"@penstock.job and write `penstock.run({name_of(fn)}, items)`."
+        )
 
 
 def refuse_coroutine(value: object, who: object) -> None:

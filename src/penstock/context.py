@@ -41,10 +41,10 @@ class RunningJob:
     attempts: int = 0
     """Attempts of round trips so far."""
     waited: float = 0.0
-    """Seconds waited so far for permits and back-off."""
+    """Seconds waited so far for permits, threads and back-off."""
 
     def __repr__(self) -> str:
-        return f"<job {self.name}{'' if self.key is None else f' key={self.key!r}'}>"
+        return f"<job {self.name}{'' if self.key is None else f' key={self.key!r:.100}'}>"
 
 
 _current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=None)

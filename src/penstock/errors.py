@@ -109,7 +109,8 @@ class ConnectionFailed(RoundTripError, ConnectionError):
     """No complete answer arrived. `sent` is False when the request provably never left this machine."""
 
     def __init__(self, method: str, url: str, reason: str, sent: bool = True) -> None:
-        super().__init__(method, url, reason, sent)
+        super().__init__()  # OSError would take the arguments for an errno and a file, and forget the fourth one
+        self.args = (method, url, reason, sent)
         self.method = method
         self.url = url
         self.reason = reason

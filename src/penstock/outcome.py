@@ -1,6 +1,10 @@
 """How a job ended, as a record, and what kind of failure an error is. Decides only: no I/O, no clock."""
 
 import asyncio
+import concurrent.futures
+import errno
+import reprlib
+import socket
 from enum import StrEnum
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,7 +23,7 @@ class FailureKind(StrEnum):
     TRANSIENT = "transient"
     """The same call may work the next time: connection trouble, time-outs, 408, 502, 503, 504."""
     PERMANENT = "permanent"
-    """The same call will fail again: other statuses of 400 and more, and errors that we do not know."""
+    """The same call will fail again: other statuses of 400 and more, bad data, and errors that we do not know."""
     CANCELLED = "cancelled"
     """The job cancelled itself."""
     BUG = "bug"
@@ -38,32 +42,52 @@ _BUGS = (
     AssertionError,
     LookupError,
     ArithmeticError,
-    RuntimeError,
     ImportError,
 )
-_TRANSIENT = (ConnectionError, TimeoutError, aiohttp.ClientConnectionError, aiohttp.ClientPayloadError)
-_BAD_CERTIFICATE = aiohttp.ClientConnectorCertificateError
+_BUGS_THEMSELVES = (RuntimeError, NotImplementedError, RecursionError)
+"""Bugs, but classes derived from them are none: see `classify`."""
+_CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
+_TRANSIENT = (
+    ConnectionError,
+    TimeoutError,
+    socket.gaierror,
+    asyncio.IncompleteReadError,
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+)
+_TRANSIENT_ERRNOS = frozenset({errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET})
+"""Connection trouble for which Python has no class: a plain OSError with one of these numbers."""
+_WRONG_PEER = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch)
 
 
 def classify(error: BaseException) -> FailureKind:
     """Say what kind of failure `error` is.
 
     The one place that knows. Statuses are read from `HttpStatusError` and `aiohttp.ClientResponseError`; connection
-    trouble and time-outs are transient, except a certificate that does not verify; errors of the program are bugs;
-    everything unknown is permanent, because asking again without a reason is how a client hurts a service.
+    trouble, failed name resolution and time-outs are transient, except a peer that cannot prove who it is; errors of
+    the program are bugs; everything unknown is permanent, because asking again without a reason is how a client hurts
+    a service.
+
+    `RuntimeError` is a bug when it is raised as such: so the interpreter and its libraries say that they are used
+    wrongly. Classes derived from it say anything (a broken process pool, a device out of memory) and are unknown.
+    `ValueError` is no bug: most often it is said of data, such as JSON that is none. Nor is an `OSError` that has
+    nothing to do with connections, such as a missing file. A library with connection errors of its own (`requests`)
+    is unknown here: name them in `Retry(on=...)`.
     """
-    if isinstance(error, asyncio.CancelledError):
+    if isinstance(error, _CANCELLED):
         return FailureKind.CANCELLED
     if isinstance(error, HttpStatusError):
         return _classify_status(error.status, hinted=error.retry_after is not None)
     if isinstance(error, aiohttp.ClientResponseError):
         hinted = error.headers is not None and "Retry-After" in error.headers
         return _classify_status(error.status, hinted=hinted)
-    if isinstance(error, _BAD_CERTIFICATE) or isinstance(error.__cause__, _BAD_CERTIFICATE):
+    if isinstance(error, _WRONG_PEER) or isinstance(error.__cause__, _WRONG_PEER):
         return FailureKind.PERMANENT
-    if isinstance(error, _TRANSIENT):
+    if isinstance(error, _TRANSIENT) or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS):
         return FailureKind.TRANSIENT
-    return FailureKind.BUG if isinstance(error, _BUGS) else FailureKind.PERMANENT
+    if isinstance(error, _BUGS) or type(error) in _BUGS_THEMSELVES:
+        return FailureKind.BUG
+    return FailureKind.PERMANENT
 
 
 def _classify_status(status: int, *, hinted: bool) -> FailureKind:
@@ -80,18 +104,33 @@ def provably_unsent(error: BaseException) -> bool:
 def contained(error: BaseException, where: str) -> Exception:
     """`error` as an exception that can be handed around without ending the run.
 
-    `StopIteration` breaks whoever awaits it and `SystemExit` and `KeyboardInterrupt` end the event loop; raised by
-    user code they become a `UsageError` with the original as its cause. Everything else comes back unchanged.
+    `StopIteration` and `StopAsyncIteration` end the iteration of whoever reads the result, `SystemExit` and
+    `KeyboardInterrupt` end the event loop, and a cancellation that comes out of a thread or is raised by hand looks
+    like one of the caller's. Raised by user code they become a `UsageError` with the original as its cause.
+    Everything else comes back unchanged.
     """
-    cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, StopIteration) else error
-    if isinstance(error, Exception) and not isinstance(cause, StopIteration):
+    cause = _stop_iteration_in_a_coroutine(error) or error
+    if isinstance(error, Exception) and not isinstance(cause, _END_MORE):
         return error
+    # The arguments are the user's data, of any size, and their repr may fail: reprlib takes care of both.
     usage = UsageError(
-        f"{where} raised {type(cause).__name__}{cause.args!r}, which would end more than this job. "
+        f"{where} raised {type(cause).__name__}{reprlib.repr(cause.args)}, which would end more than this job. "
         f"Return from the function instead, or raise an exception of your own."
     )
     usage.__cause__ = cause
     return usage
+
+
+_END_MORE = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)
+"""Exceptions that are no `BaseException`, and yet must not travel. asyncio turns the last one into its own."""
+
+
+def _stop_iteration_in_a_coroutine(error: BaseException) -> BaseException | None:
+    """The `StopIteration` that Python itself has wrapped when it left a coroutine; a user may wrap one with reason."""
+    cause = error.__cause__
+    if isinstance(cause, StopIteration) and error.args == ("coroutine raised StopIteration",):
+        return cause
+    return None
 
 
 class Outcome(NamedTuple, Generic[T]):
@@ -128,6 +167,10 @@ class Outcome(NamedTuple, Generic[T]):
 
     def unwrap(self) -> T:
         """The value; raises the job's own error when it failed."""
-        if self.error is not None:
-            raise self.error
-        return self.value  # type: ignore[return-value]  # without an error the value is a T, also when T admits None
+        error = self.error
+        if error is None:
+            return self.value  # type: ignore[return-value]  # without an error it is a T, also when T admits None
+        try:
+            raise error
+        finally:
+            del error, self  # the traceback holds this frame: a cycle that would keep the item alive

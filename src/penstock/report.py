@@ -29,7 +29,7 @@ class Report:
     done: int
     failed: int
     left: int
-    """Items that were read, but whose job was cancelled or not started."""
+    """Items that were read, but whose job was cancelled or never started."""
     stopped: str | None
     """Why the source was not read to its end; None when it was."""
     kinds: dict[FailureKind, int]
@@ -53,12 +53,14 @@ class Report:
         """Check that every item that was read has exactly one state.
 
         Raises:
-            InternalError: read = done + failed + left does not hold.
+            InternalError: read = done + failed + left does not hold, or the failures do not add up.
         """
-        if self.read != self.done + self.failed + self.left or self.failed != sum(self.kinds.values()):
+        explained = sum(cause.count for cause in self.causes)  # at most all: only the most frequent ones are kept
+        failed = sum(self.kinds.values())
+        if self.read != self.done + self.failed + self.left or self.failed != failed or explained > failed:
             raise InternalError(
                 f"items do not add up: read {self.read} != done {self.done} + failed {self.failed} + left {self.left} "
-                f"(failed by kind: {self.kinds}). This is a bug in penstock, please report it."
+                f"(failed by kind: {self.kinds}, by cause: {explained}). This is a bug in penstock, please report it."
             )
 
 
@@ -90,6 +92,7 @@ class Tally:
             self.done += 1
             self._ran.record(outcome.ran)
             return
+        assert outcome.error is not None, "what has a kind has an error"
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
         cause = (outcome.kind, first_line(outcome.error))
         count, key = self._causes.get(cause, (0, outcome.key))
@@ -114,7 +117,11 @@ class Tally:
         )
 
 
-def first_line(error: BaseException | None) -> str:
-    """Class and first line of the message, at most 200 characters."""
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+def first_line(error: BaseException) -> str:
+    """Class and first line of the message, at most 200 characters. An error that cannot be shown says so."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  # an exception class of the user's: its mistake must not end the run
+        message = "<its __str__ raised an error>"
+    start = message.lstrip()[:200].splitlines()
+    return f"{type(error).__name__}: {start[0]}"[:200] if start else type(error).__name__

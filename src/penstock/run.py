@@ -3,14 +3,13 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterable, Callable, Iterable, Sequence, Sized
-from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from penstock.errors import UsageError
 from penstock.events import Instrument
 from penstock.executor.definition import Job
 from penstock.executor.executor import Executor
-from penstock.executor.signals import may_take_sigint, sigint_shuts_down
+from penstock.executor.signals import Interrupts
 from penstock.instruments.progress import ProgressLine
 from penstock.report import Report
 
@@ -31,8 +30,9 @@ def run(
     """Run a job over all items on an event loop of its own, and report what became of them.
 
     Blocks until the run has ended. Ctrl-C drains: no more items are taken, what is in flight is finished, the report
-    says that it was interrupted. A second Ctrl-C cancels what is in flight, a third one leaves at once. Outside the
-    main thread, and where the program has a SIGINT handler of its own, signals are left alone.
+    says that it was interrupted. A second Ctrl-C cancels what is in flight, a third one raises `KeyboardInterrupt`,
+    even from a job that blocks the loop. Outside the main thread, and where the program has a SIGINT handler of its
+    own, signals are left alone.
 
     Args:
         job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
@@ -46,6 +46,7 @@ def run(
 
     Raises:
         UsageError: called under a running event loop, or with arguments that cannot work.
+        KeyboardInterrupt: Ctrl-C was pressed three times.
         Exception: what the source raised, or the job's opening or closing.
     """
     _refuse_a_running_loop()
@@ -53,13 +54,12 @@ def run(
     listening = [*instruments, line] if line is not None else list(instruments)
 
     async def main() -> Report:
-        async with Executor(limit=limit, instruments=listening) as executor:
-            with sigint_shuts_down(executor) if take_sigint else nullcontext():
-                return await executor.run(job, items, key=key, timeout=timeout, max_errors=max_errors)
+        async with Executor(limit=limit, instruments=listening) as executor, interrupts.shut_down(executor):
+            return await executor.run(job, items, key=key, timeout=timeout, max_errors=max_errors)
 
-    take_sigint = may_take_sigint()
+    interrupts = Interrupts()
     try:
-        with asyncio.Runner() as runner:
+        with interrupts, asyncio.Runner() as runner:
             return runner.run(main())
     finally:
         if line is not None:
@@ -78,6 +78,6 @@ def _refuse_a_running_loop() -> None:
 
 
 def _progress_line(wanted: bool | None, items: object) -> ProgressLine | None:
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if sys.stderr is None or not (sys.stderr.isatty() if wanted is None else wanted):  # None: a service, pythonw
         return None
     return ProgressLine(total=len(items) if isinstance(items, Sized) else None)

@@ -23,10 +23,10 @@ from fast_service import running_service
 from rounds import Cost, Measure, Samples, Stopwatch, in_turn, make_parser, new_runner, on_loop, print_costs
 from tenacity import AsyncRetrying, stop_after_attempt, wait_random_exponential
 
-from penstock import Executor, Gate, HttpClient
+from penstock import Executor, Gate, HttpClient, Retry
 
 IN_FLIGHT = 100
-RECORD = {"id": 17, "name": "Ada", "city": "Graz"}
+RECORD: dict[str, str | int] = {"id": 17, "name": "Ada", "city": "Graz"}
 MICRO_CALLS = 2_000
 
 Pair: TypeAlias = Callable[[int], Awaitable[object]]
@@ -78,7 +78,7 @@ def by_hand_retried(session: aiohttp.ClientSession, url: str) -> Pair:
             return await response.json()
 
     async def pair(_number: int) -> None:
-        profile = await retrying()(ask)
+        profile: Any = await retrying()(ask)
         await retrying()(send, profile)
 
     return pair
@@ -155,7 +155,9 @@ async def repeated(call: Callable[[], Awaitable[object]]) -> Cost:
 
 def make_parts() -> dict[str, Callable[[], Awaitable[object]]]:
     """What is done once for each round trip, by itself."""
-    gate, bare_gate, semaphore = Gate("parts"), Gate("bare parts", timeout=None), asyncio.Semaphore(IN_FLIGHT)
+    gate = Gate("timed")
+    untimed = Gate("untimed", timeout=None, retry=Retry(timeout=None))
+    semaphore = asyncio.Semaphore(IN_FLIGHT)
 
     async def semaphore_taken() -> None:
         async with semaphore:
@@ -175,7 +177,7 @@ def make_parts() -> dict[str, Callable[[], Awaitable[object]]]:
         "gate.permit(), taken and given back": permit_taken,
         "asyncio.timeout": timed,
         "gate.call": lambda: gate.call(nothing),
-        "gate.call, timeout=None": lambda: bare_gate.call(nothing),
+        "gate.call, without timeouts": lambda: untimed.call(nothing),
         "AsyncRetrying, a new one for each call": lambda: retrying()(nothing),
     }
 

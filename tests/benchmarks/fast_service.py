@@ -1,4 +1,4 @@
-"""The cheapest HTTP/1.1 service that a client can be measured against: fixed answers, no routing, no parsing to speak of.
+"""A cheap HTTP/1.1 service to measure clients against: fixed answers, no routing, hardly any parsing.
 
     python tests/benchmarks/fast_service.py     prints its URL, serves until its standard input is closed
 
@@ -53,7 +53,8 @@ def _length(head: bytes) -> int:
 @contextlib.contextmanager
 def running_service() -> Iterator[str]:
     """The service in a process of its own; gives its URL."""
-    with subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, __file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:

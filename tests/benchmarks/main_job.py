@@ -28,7 +28,7 @@ THREADS, PENSTOCK = "8 threads, requests", "penstock"
 def measured(program: str, *options: str) -> Cost:
     """Seconds for one job; the CPU of the program with its service is in there, too."""
     command = [sys.executable, str(EXAMPLES / program), *options]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ended = subprocess.run(command, capture_output=True, text=True)
     rate = re.search(r"([\d.]+) jobs/s", ended.stdout)
     if rate is None or ended.returncode not in (0, SOME_FAILED):
         raise SystemExit(f"{program} ended with status {ended.returncode}:\n{ended.stdout}{ended.stderr}")

@@ -38,11 +38,11 @@ async def test_a_timeout_is_above_zero(timeout: float) -> None:
             executor.as_completed(job, [1], timeout=timeout)
 
 
-@pytest.mark.parametrize("max_errors", [-1, -0.5, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("max_errors", [-1, -0.5, True, 1.0, 5.0, float("nan"), float("inf")])
 async def test_max_errors_is_a_count_or_a_share(max_errors: float) -> None:
-    """Negative, boolean and infinite values mean nothing."""
+    """Negative and boolean values mean nothing; a share of 1 or more is a count that was written as a float."""
     async with Executor() as executor:
-        with pytest.raises(UsageError, match=r"expected a count \(int\) or a share \(float\)"):
+        with pytest.raises(UsageError, match=r"expected a count \(int\) of at least 0, or a share \(float\)"):
             executor.as_completed(job, [1], max_errors=max_errors)
 
 
@@ -68,6 +68,14 @@ async def test_key_is_a_function() -> None:
     async with Executor() as executor:
         with pytest.raises(UsageError, match="operator.itemgetter"):
             executor.as_completed(job, [], key="id")  # type: ignore[call-overload]
+
+
+async def test_an_async_function_does_not_belong_in_a_thread() -> None:
+    """Its coroutine would never be awaited."""
+    async with Executor() as executor:
+        for run in (executor.to_thread, executor.compute):
+            with pytest.raises(UsageError, match="job returned a coroutine"):
+                await run(job, 1)
 
 
 async def test_a_stream_belongs_to_the_loop_that_made_it() -> None:

@@ -307,7 +307,7 @@ async def test_a_source_that_wants_to_exit_does_not_end_the_loop() -> None:
         raise SystemExit(3)
 
     async with Executor() as executor:
-        with pytest.raises(UsageError, match=r"source of the items raised SystemExit\(3,\)"):
+        with pytest.raises(UsageError, match=r"source of the items raised SystemExit"):
             await executor.map(double, leaving())
 
 
@@ -628,3 +628,43 @@ async def test_rogue_cancellation_of_every_task_strands_no_reader() -> None:
             assert executor.statistics().jobs == 0
     finally:
         logging.getLogger("penstock.jobs").setLevel(logging.NOTSET)
+
+
+async def test_a_generator_that_nobody_else_holds_is_closed_when_the_stream_ends_early() -> None:
+    """Its `finally` runs soon after, not at the end of the program; one that the caller holds can be read on."""
+    closed = asyncio.Event()
+
+    async def source() -> AsyncIterator[int]:
+        try:
+            for number in itertools.count():
+                yield number
+        finally:
+            closed.set()
+
+    async with Executor(limit=2) as executor:
+        async with executor.map(double, source()) as stream:
+            async for _ in stream:
+                break
+        await closed.wait()
+        held = iter(range(100))
+        async with executor.map(double, held, buffersize=2) as stream:
+            async for _ in stream:
+                break
+        assert next(held) in (2, 3)
+
+
+async def test_a_stream_that_is_cancelled_after_its_source_ended_says_so() -> None:
+    """Jobs in flight were lost to the cancellation: the end must not look like a good one."""
+    async with Executor() as executor:
+        stream = executor.as_completed(double, range(3))
+
+        async def read() -> None:
+            async for _ in stream:
+                pass
+
+        reader = asyncio.create_task(read())
+        await asyncio.sleep(0.5)
+        await executor.shutdown(timeout=0)
+        with pytest.raises(ClosedError, match="before all of its jobs had ended"):
+            await reader
+        assert stream.statistics().left == 3

@@ -111,7 +111,7 @@ async def test_what_would_end_the_loop_becomes_an_error_of_the_job() -> None:
 
     async with Executor() as executor:
         for fn in (stop, leave, leave_plainly):
-            with pytest.raises(UsageError, match="would end more than this job"):
+            with pytest.raises(UsageError, match="would end more than this"):
                 await executor.submit(fn)
         outcomes = await executor.as_completed(stop_plainly, [1])
         assert outcomes[0].kind is FailureKind.BUG

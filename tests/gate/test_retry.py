@@ -63,7 +63,7 @@ def test_a_policy_of_tenacity_objects_survives_pickling() -> None:
     assert RetryPolicy(copy).decide(ValueError(), 1, 0.0, 1.0) == 2
 
 
-async def never() -> bool:
+async def never(_: BaseException) -> bool:
     return False
 
 

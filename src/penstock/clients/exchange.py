@@ -33,6 +33,11 @@ ERROR_BODY_BYTES = 65_536
 """Read of a body that goes with an error, so that its connection can be used again. Arbitrary, because: a longer one
 costs more than a new connection."""
 
+LONGEST_REASON = 200
+"""Characters. aiohttp quotes what it cannot parse, all of it."""
+NO_BODY = frozenset({204, 304})
+"""RFC 9112 6.3; a 304 may announce the length of what it does not send."""
+
 _UNSENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _SHOWING_URLS = (aiohttp.ClientResponseError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
 """Their text holds the whole URL, secrets and all: it is neither quoted nor chained."""
@@ -57,7 +62,7 @@ class StreamedResponse:
         self.url = str(response.url)
         """Where the answer comes from, after redirects."""
         self.attempts = exchange.attempts
-        """Attempts until the headers arrived; a body that breaks off is not asked for again."""
+        """Requests sent until the headers arrived, as in `Response`; a body that breaks off is not asked for again."""
 
     async def iter_bytes(self) -> AsyncIterator[bytes]:
         """The body, piece by piece, as it arrives.
@@ -151,7 +156,7 @@ class Exchange(ABC, Generic[A]):
                 self.method, self.url, headers=headers, data=self.body, allow_redirects=False
             )
         except aiohttp.ClientError as error:
-            raise self.translated(error) from _cause(error)
+            raise self.translated(error) from (None if isinstance(error, _SHOWING_URLS) else error)
         except (ValueError, TypeError) as error:  # a header or a host that cannot be written
             raise UsageError(f"{self}: aiohttp refuses this request: {error}") from error
         if response.status >= 400:
@@ -172,7 +177,7 @@ class Exchange(ABC, Generic[A]):
         try:
             length = response.content_length
             if length is not None and "Content-Encoding" not in response.headers:
-                if length <= max_bytes or self.method == "HEAD":
+                if length <= max_bytes or self.method == "HEAD" or response.status in NO_BODY:
                     return await response.read()
                 response.close()
                 return None
@@ -242,12 +247,8 @@ class StreamedExchange(Exchange[StreamedResponse]):
 def _told(error: aiohttp.ClientError) -> str:
     name = type(error).__name__
     if isinstance(error, aiohttp.ClientResponseError):
-        return f"{name}: {error.message}"
+        return f"{name}: {' '.join(error.message.split())[:LONGEST_REASON]}"
     return name if isinstance(error, _SHOWING_URLS) else f"{name}: {error}"
-
-
-def _cause(error: aiohttp.ClientError) -> BaseException | None:
-    return error.__cause__ if isinstance(error, _SHOWING_URLS) else error
 
 
 async def _read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes | None:

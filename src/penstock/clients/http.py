@@ -162,15 +162,12 @@ class HttpClient:
         available = _descriptors(self._limit)
         connector = aiohttp.TCPConnector(limit=available) if self._connector is None else self._connector
         _check_connector(connector, self._limit)
-        try:
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                connector_owner=self._connector is None,
-                cookie_jar=aiohttp.CookieJar() if self._cookies else aiohttp.DummyCookieJar(),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-            )
-        except RuntimeError as error:
-            raise WrongLoop("the connector= belongs to another event loop. Make it inside this one.") from error
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            connector_owner=self._connector is None,
+            cookie_jar=aiohttp.CookieJar() if self._cookies else aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+        )
         # Private, and there is no public way: aiohttp would send some requests twice without telling anybody.
         self._session._retry_connection = False
         return self
@@ -401,6 +398,8 @@ def _user_info(base: URL) -> Headers:
 def _check_connector(connector: aiohttp.BaseConnector, limit: int) -> None:
     if connector.closed:
         raise ClosedError("the connector= has been closed. Make a new one for each client, or leave it out.")
+    if connector._loop is not asyncio.get_running_loop():  # private, and there is no public way to find out in time
+        raise WrongLoop("the connector= belongs to another event loop. Make it inside this one.")
     for name, bound in (("limit", connector.limit), ("limit_per_host", getattr(connector, "limit_per_host", 0))):
         if 0 < bound < limit:
             raise UsageError(

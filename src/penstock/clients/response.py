@@ -25,7 +25,7 @@ class Response:
     headers: CIMultiDictProxy[str]
     body: bytes
     attempts: int
-    """Attempts of this round trip; 1 means that the first one worked."""
+    """Requests sent for it: retries, redirects and the repetition after a 401 count. 1 means that the first worked."""
     elapsed: float
     """Seconds from sending the last attempt to the end of its body."""
     method: str = field(repr=False)

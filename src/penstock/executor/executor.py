@@ -11,14 +11,13 @@ Everything belongs to the thread of the event loop on which it was opened.
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, cast, overload
+from typing import Any, Self, TypeVar, overload
 
-from penstock.callables import check_function, is_async, name_of
+from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import current_job
 from penstock.errors import ClosedError, TooManyErrors, UsageError, WrongLoop, WrongThread
 from penstock.events import Instrument
@@ -27,42 +26,21 @@ from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
 from penstock.executor.running import PATIENCE, RunningJobs
 from penstock.executor.slots import Holder
+from penstock.executor.sources import Items, check_items, side_by_side
+from penstock.executor.statistics import ExecutorStatistics
 from penstock.executor.stream import Stream
-from penstock.histogram import Distribution
-from penstock.outcome import FailureKind, Outcome
+from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED, TOO_MANY_ERRORS, Report, Tally
-from penstock.threads.lane import Lane, LaneStatistics
+from penstock.threads.lane import Lane
 
 T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # the item
-Items = Iterable[I] | AsyncIterable[I]
 
 DEFAULT_LIMIT = 256
 """Job slots. Arbitrary, because: until gates measure it, twice a gate's default limit, so that half the jobs can
 process answers or wait for a retry while the gate stays busy."""
 DEFAULT_THREADS = 32
 """Arbitrary, because: the cap of the stdlib's own default, `min(32, cpus + 4)`; a blocked thread costs no CPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class ExecutorStatistics:
-    """An executor as it was at the time of asking. Durations are seconds."""
-
-    limit: int
-    """Job slots."""
-    jobs: int
-    """Jobs that have a task: running, or submitted and waiting for a slot."""
-    done: int
-    failed: dict[FailureKind, int]
-    """Failed jobs by kind."""
-    cancelled: int
-    """Jobs that were cancelled from outside."""
-    ran: Distribution
-    """How long successful jobs took."""
-    threads: LaneStatistics | None
-    """The lane for blocking calls; None before its first call."""
-    cpu: LaneStatistics | None
-    """The lane for response processing; None before its first call."""
 
 
 class Executor:
@@ -184,7 +162,7 @@ class Executor:
         if not iterables:
             raise UsageError("found no items. Write `executor.map(fn, items)`.")
         for items in iterables:
-            _check_items(items)
+            check_items(items)
         spread = len(iterables) > 1
         source = side_by_side(*iterables) if spread else iterables[0]
         start = self._feed(
@@ -242,11 +220,10 @@ class Executor:
         Raises:
             UsageError, ClosedError, WrongThread, WrongLoop: as `map`.
         """
-        _check_items(items)
+        check_items(items)
         if key is not None and not callable(key):
             raise UsageError(f"key={key!r}: expected a function of the item, such as operator.itemgetter('id').")
-        if max_errors is not None and (isinstance(max_errors, bool) or not 0 <= max_errors < float("inf")):
-            raise UsageError(f"max_errors={max_errors!r}: expected a count (int) or a share (float) of at least 0.")
+        _check_max_errors(max_errors)
         start = self._feed(
             "as_completed", fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors,
             ordered=False, spread=False,
@@ -268,6 +245,7 @@ class Executor:
             UsageError, ClosedError, WrongThread, WrongLoop: as `as_completed`.
             Exception: what the source raised, or the job's opening or closing.
         """
+        self._check_open("run")
         opened: AbstractAsyncContextManager[Any] = job.open() if isinstance(job, Job) else nullcontext(job)
         async with opened as fn:
             return await _tally(self.as_completed(
@@ -282,12 +260,13 @@ class Executor:
 
         Raises:
             ClosedError: the executor is not open or has been shut down.
+            UsageError: `fn` is an async function, or returned a coroutine.
             Exception: what `fn` raised.
         """
         self._check_open("to_thread")
         if self._blocking is None:
             self._blocking = Lane("thread", self._threads)
-        return await self._blocking.call(fn, *args, **kwargs)
+        return await _value_of(self._blocking, fn, args, kwargs)
 
     async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run response processing off the loop and return its value: like `to_thread`, in the CPU lane.
@@ -298,7 +277,7 @@ class Executor:
         self._check_open("compute")
         if self._cpu is None:
             self._cpu = Lane("compute", _cores())
-        return await self._cpu.call(fn, *args, **kwargs)
+        return await _value_of(self._cpu, fn, args, kwargs)
 
     def statistics(self) -> ExecutorStatistics:
         """What is going on. Loop thread only."""
@@ -436,6 +415,12 @@ class Executor:
         )
 
 
+async def _value_of(lane: Lane, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+    value = await lane.call(fn, *args, **kwargs)
+    refuse_coroutine(value, name_of(fn))
+    return value
+
+
 async def _tally(stream: Stream[Outcome[Any]]) -> Report:
     tally = Tally()
     started = asyncio.get_running_loop().time()
@@ -454,29 +439,13 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
     )
 
 
-async def _async_side_by_side(iterables: tuple[Items[Any], ...]) -> AsyncIterator[tuple[Any, ...]]:
-    iterators = [aiter(items) if isinstance(items, AsyncIterable) else iter(items) for items in iterables]
-    while True:
-        row = []
-        for iterator in iterators:
-            try:
-                row.append(await anext(iterator) if isinstance(iterator, AsyncIterator) else next(iterator))
-            except (StopIteration, StopAsyncIteration):
-                return
-        yield tuple(row)
-
-
-def side_by_side(*iterables: Items[Any]) -> Items[tuple[Any, ...]]:
-    """`zip`, also for async iterables."""
-    if any(isinstance(items, AsyncIterable) for items in iterables):
-        return _async_side_by_side(iterables)
-    return zip(*cast("tuple[Iterable[Any], ...]", iterables), strict=False)
-
-
-def _check_items(items: object) -> None:
-    if not isinstance(items, Iterable | AsyncIterable):
+def _check_max_errors(max_errors: float | None) -> None:
+    if max_errors is None:
+        return
+    share = isinstance(max_errors, float)
+    if isinstance(max_errors, bool) or not max_errors >= 0 or (share and max_errors >= 1):
         raise UsageError(
-            f"found {items!r:.100} as items, expected an iterable or an async iterable: a list, a generator, a file."
+            f"max_errors={max_errors!r}: expected a count (int) of at least 0, or a share (float) from 0 to below 1."
         )
 
 

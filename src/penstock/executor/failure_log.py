@@ -14,6 +14,8 @@ WITH_TRACEBACK = 3
 """Arbitrary, because: one traceback shows the place, three show whether it depends on the record."""
 KNOWN_PLACES = 1_000
 """Arbitrary, because: bounds memory when failures come from very many places."""
+ELSEWHERE = (BaseException, "other places", 0)
+"""Where all further failures are counted together once so many places are known."""
 
 
 class FailureLog:
@@ -31,9 +33,9 @@ class FailureLog:
         error, kind = outcome.error, outcome.kind
         assert error is not None, "only failures are written"
         place = _place(error)
-        count = self._seen.get(place, 0) + 1
-        if count > 1 or len(self._seen) < KNOWN_PLACES:
-            self._seen[place] = count
+        if place not in self._seen and len(self._seen) >= KNOWN_PLACES:
+            place = ELSEWHERE
+        count = self._seen[place] = self._seen.get(place, 0) + 1
         level = logging.ERROR if kind is FailureKind.BUG else logging.WARNING
         if count <= WITH_TRACEBACK:
             more = "; further ones from here are counted" if count == WITH_TRACEBACK else ""

@@ -65,7 +65,6 @@ class Feed:
         self.over = asyncio.Event()
         """Set when nothing of this feed runs any more."""
         self._running = running
-        self._source = source
         self._new_job = new_job
         self._timeout = timeout
         self._spread = spread
@@ -79,8 +78,9 @@ class Feed:
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
-        # Not by the loop's task factory: an eager one would run the puller before this object is complete.
-        self._puller = asyncio.Task(self._pull(), loop=self._loop, name="penstock-puller")
+        # The puller alone holds the source: a generator that nobody else holds is closed when the pull ends.
+        # Not made by the loop's task factory: an eager one would run it before this object is complete.
+        self._puller: asyncio.Task[None] | None = asyncio.Task(self._pull(source), loop=self._loop, name="penstock-puller")
         self._puller.add_done_callback(self._pulled)
 
     def take(self) -> Outcome[Any]:
@@ -109,12 +109,14 @@ class Feed:
 
     def stop(self, why: BaseException) -> None:
         """Take no more items; what is in flight goes on. `why` is raised to the reader after everything else."""
-        if not self._puller.done():
+        if self._puller is not None:
             self._end_early(why)
 
     def cancel(self) -> None:
         """Take no more items and cancel what is in flight."""
         self.stop(ClosedError("the stream was closed before its source was read to its end"))
+        if self.in_flight and self.stopped is None:
+            self.stopped = ClosedError("the stream was closed before all of its jobs had ended")
         self._running.cancel(self._is_mine)
 
     async def close(self) -> None:
@@ -144,12 +146,12 @@ class Feed:
     def _is_mine(self, job: ActiveJob) -> bool:
         return job.receiver is self
 
-    async def _pull(self) -> None:
+    async def _pull(self, source: Iterable[Any] | AsyncIterable[Any]) -> None:
         try:
-            if isinstance(self._source, AsyncIterable):
-                await self._pull_async(aiter(self._source))
+            if isinstance(source, AsyncIterable):
+                await self._pull_async(aiter(source))
             else:
-                await self._pull_sync(iter(self._source))
+                await self._pull_sync(iter(source))
         except SystemExit as error:
             harmless = contained(error, "the source of the items")
             raise harmless from error
@@ -236,11 +238,11 @@ class Feed:
             if outcome.kind is not None:
                 self.failed += 1
                 self._judge()
-        if self._in_order is None:
-            self._deliver(outcome)
-        else:
+        if self._in_order is not None:
             self._deliver_in_order(self._in_order, job, outcome)
-        if not self.in_flight and self._puller.done():
+        else:
+            self._deliver(outcome)
+        if not self.in_flight and self._puller is None:
             self._end()
 
     def _deliver_in_order(self, waiting: deque[ActiveJob], job: ActiveJob, outcome: Outcome[Any] | None) -> None:
@@ -274,9 +276,11 @@ class Feed:
     def _end_early(self, why: BaseException) -> None:
         if self.stopped is None:
             self.stopped = why
-            self._puller.cancel()
+            if self._puller is not None:
+                self._puller.cancel()
 
     def _pulled(self, puller: "asyncio.Task[None]") -> None:
+        self._puller = None  # its traceback would hold the source
         if not puller.cancelled():
             if (error := puller.exception()) is not None:
                 self._end_early(error)

@@ -8,32 +8,16 @@ import warnings
 from asyncio import get_running_loop
 from collections.abc import Callable, Generator
 from contextlib import suppress
-from dataclasses import dataclass
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 from penstock.errors import ClosedError, WrongLoop
 from penstock.executor.feed import Feed
+from penstock.executor.statistics import StreamStatistics
 from penstock.outcome import Outcome
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class StreamStatistics:
-    """A stream as it was at the time of asking: read = finished + in flight + left."""
-
-    read: int
-    """Items taken from the source."""
-    finished: int
-    """Jobs that have ended with an outcome, delivered or not."""
-    failed: int
-    """Those of them that failed."""
-    in_flight: int
-    ready: int
-    """Outcomes that wait for the reader."""
-    left: int
-    """Items whose job was cancelled from outside or never started."""
 
 
 class Stream(Generic[T]):
@@ -60,11 +44,12 @@ class Stream(Generic[T]):
     """
 
     def __init__(self, start: Callable[[], Feed], unpack: Callable[[Outcome[Any]], T] | None) -> None:
-        self._start = start
+        self._start: Callable[[], Feed] | None = start
         self._unpack = unpack
         self._feed: Feed | None = None
         self._closed = False
         self._loop = get_running_loop()
+        self._thread = get_ident()
 
     def __await__(self) -> Generator[Any, None, list[T]]:
         return self._all().__await__()
@@ -73,9 +58,9 @@ class Stream(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        feed = self._opened()
-        if not feed.ready:
-            await self._wait_for_more(feed)
+        feed = self._feed
+        if feed is None or not feed.ready or get_ident() != self._thread:
+            feed = await self._more()
         outcome = feed.take()
         if self._unpack is None:
             return cast("T", outcome)
@@ -85,12 +70,15 @@ class Stream(Generic[T]):
             await self.aclose()
             raise
 
-    async def _wait_for_more(self, feed: Feed) -> None:
+    async def _more(self) -> Feed:
+        """The feed, once something is ready."""
+        feed = self._opened()
         while not feed.ready:
             if feed.over.is_set():
                 self._closed = True
                 raise StopAsyncIteration if feed.stopped is None else feed.stopped
             await feed.wait()
+        return feed
 
     async def __aenter__(self) -> Self:
         self._opened()
@@ -142,5 +130,7 @@ class Stream(Generic[T]):
         if self._feed is None:
             if self._closed:
                 raise ClosedError("this stream has been closed; make a new one for another pass.")
+            assert self._start is not None, "it is dropped only when there is a feed"
             self._feed = self._start()
+            self._start = None  # it holds the source, which is the puller's to hold
         return self._feed

@@ -19,7 +19,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from types import TracebackType
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job, host_of_current_job
@@ -107,7 +107,13 @@ class Gate:
         waiting = sum(service.waiting for service in self._services.values())
         return f"<Gate {self.name!r} limit={self._limit} keys={len(self._services)} {in_flight=} {waiting=}>"
 
-    async def call(self, fn: Callable[..., Awaitable[T]] | Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    @overload
+    async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T: ...
+
+    @overload
+    async def call(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+    async def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call `fn(*args, **kwargs)` through the gate and return its value.
 
         `fn` is called once for each attempt, so it must be a function and not a coroutine object. A plain function
@@ -296,30 +302,26 @@ class Gate:
         self._services.clear()
 
 
-class _FunctionCall(Generic[T]):
+class _FunctionCall:
     """A call of the user's function as a round trip."""
 
     __slots__ = ("args", "fn", "kwargs")
 
-    def __init__(
-        self, fn: Callable[..., Awaitable[T]] | Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.fn = fn
         self.args = args
         self.kwargs = kwargs
 
-    async def attempt(self) -> T:
+    async def attempt(self) -> Any:
         if is_async(self.fn):
-            value = await cast("Awaitable[T]", self.fn(*self.args, **self.kwargs))
+            value = await self.fn(*self.args, **self.kwargs)
         elif current_job() is None:
             raise UsageError(
                 f"gate.call was given a plain function, {self}, outside a job, where there is no executor whose "
                 f"thread could run it. Make it `async def`, or pass one that awaits `executor.to_thread({self}, ...)`."
             )
         else:
-            value = await host_of_current_job("to_thread").to_thread(
-                cast("Callable[..., T]", self.fn), *self.args, **self.kwargs
-            )
+            value = await host_of_current_job("to_thread").to_thread(self.fn, *self.args, **self.kwargs)
         refuse_coroutine(value, self)
         return value
 

@@ -1,6 +1,7 @@
 """A progress line: how many jobs are done, how many failed, how fast it goes."""
 
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 from penstock import clock
@@ -26,7 +27,7 @@ class ProgressLine:
         self._terminal = self._stream.isatty()
         self._pause = ON_A_TERMINAL if self._terminal else IN_A_FILE
         self._started = self._written = clock.steady()
-        self._done = self._failed = self._retries = 0
+        self._done = self._failed = 0
 
     def notify(self, event: JobEnded, /) -> None:
         """Count a job's end, and write if it is time to."""
@@ -40,17 +41,18 @@ class ProgressLine:
             self._write(now)
 
     def close(self) -> None:
-        """Write the last state, and end the line."""
-        self._write(clock.steady())
-        if self._terminal:
-            self._stream.write("\n")
-        self._stream.flush()
+        """Write the last state, and end the line. A stream that is gone (a closed terminal) is no error."""
+        with suppress(OSError, ValueError):  # ValueError: I/O operation on closed file
+            self._write(clock.steady())
+            if self._terminal:
+                self._stream.write("\n")
+                self._stream.flush()
 
     def _write(self, now: float) -> None:
         ended = self._done + self._failed
         of = "" if self._total is None else f" of {self._total:,}"
         rate = ended / max(now - self._started, 1e-9)
-        text = f"{ended:,}{of} jobs, {self._failed:,} failed, {rate:,.0f}/s"
+        text = f"{ended:,}{of} jobs, {self._failed:,} failed, {rate:,.{0 if rate >= 10 else 1}f}/s"
         if self._total is not None and 0 < ended < self._total:
             text += f", {(self._total - ended) / rate:,.0f} s to go"
         self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
