@@ -209,7 +209,7 @@ async def test_a_definition_that_yields_no_function_is_refused_and_closed(yielde
 async def test_a_definition_that_does_not_get_to_its_yield_is_refused() -> None:
     @penstock.job
     async def empty() -> AsyncGenerator[Score, None]:
-        for fn in ():
+        for fn in list[Score]():
             yield fn
 
     with pytest.raises(UsageError, match="empty' yielded nothing, expected the job function"):
@@ -270,7 +270,7 @@ async def test_a_definition_without_its_decorator_is_missed() -> None:
     """Calling it for each item would run none of it."""
     async with Executor() as executor:
         with pytest.raises(UsageError, match=r"async generator function plain: .*decorate it with @penstock\.job"):
-            await executor.run(plain, [1])
+            await executor.run(plain, [1])  # type: ignore[arg-type]
 
 
 async def test_a_definition_is_no_function_for_a_gate() -> None:

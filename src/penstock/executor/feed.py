@@ -80,7 +80,9 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         # The puller alone holds the source: a generator that nobody else holds is closed when the pull ends.
         # Not made by the loop's task factory: an eager one would run it before this object is complete.
-        self._puller: asyncio.Task[None] | None = asyncio.Task(self._pull(source), loop=self._loop, name="penstock-puller")
+        self._puller: asyncio.Task[None] | None = asyncio.Task(
+            self._pull(source), loop=self._loop, name="penstock-puller"
+        )
         self._puller.add_done_callback(self._pulled)
 
     def take(self) -> Outcome[Any]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol, TypeVar, overload
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job, host_of_current_job
 from penstock.errors import AttemptTimeout, UsageError, WrongLoop
+from penstock.gate.deadlines import Deadlines
 from penstock.gate.retry import Retry, RetryPolicy, check_timeout
 from penstock.gate.server_hints import hint_of
 from penstock.gate.service import KeyStatistics, Service
@@ -100,6 +101,7 @@ class Gate:
         self._key = key
         self._policy = RetryPolicy(self.retry)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._deadlines: Deadlines | None = None
         self._services: OrderedDict[Hashable, Service] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -182,7 +184,7 @@ class Gate:
             if job is not None:
                 job.attempts += 1
             try:
-                value = await self._attempt(trip, self._time_for_attempt(deadline, started))
+                value = await self._attempt(trip, started, deadline)
             except Exception as error:  # noqa: BLE001  # raised again below unless it is retried
                 failure = error
             except BaseException:
@@ -240,22 +242,34 @@ class Gate:
     def _account(self, why: str, history: list[str]) -> str:
         return "\n  ".join([f"gate {self.name!r} gave up: {why}", *history])
 
-    async def _attempt(self, trip: RoundTrip[T], timeout: float | None) -> T:
-        if timeout is None:
+    async def _attempt(self, trip: RoundTrip[T], started: float, deadline: float | None) -> T:
+        """One attempt within its time: the gate's timeout, or what is left of `Retry(timeout=)` if that is less."""
+        deadlines = self._deadlines
+        if deadline is not None and (deadlines is None or deadline < started + deadlines.timeout):
+            return await self._attempt_until(trip, deadline)
+        if deadlines is None:
             return await trip.attempt()
+        own = deadlines.start(started)
         try:
-            async with asyncio.timeout(timeout) as scope:
+            return await trip.attempt()
+        except asyncio.CancelledError as error:
+            if not own.has_cancelled:
+                raise
+            what = f"no answer within {deadlines.timeout:g} s (timeout of one attempt)"
+            raise AttemptTimeout(f"{trip}: {what}") from error
+        finally:
+            deadlines.end(own)
+
+    async def _attempt_until(self, trip: RoundTrip[T], deadline: float) -> T:
+        try:
+            async with asyncio.timeout_at(deadline) as scope:
                 return await trip.attempt()
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise AttemptTimeout(f"{trip}: no answer within {timeout:g} s (timeout of one attempt)") from error
-
-    def _time_for_attempt(self, deadline: float | None, started: float) -> float | None:
-        if deadline is None:
-            return self._timeout
-        left = deadline - started
-        return left if self._timeout is None or left < self._timeout else self._timeout
+            raise AttemptTimeout(
+                f"{trip}: no answer before the end of Retry(timeout={self._policy.timeout:g})"
+            ) from error
 
     async def _wait_for_permit(
         self,
@@ -299,6 +313,7 @@ class Gate:
                 f"make one gate for each loop, or finish there first."
             )
         self._loop = loop
+        self._deadlines = None if self._timeout is None else Deadlines(loop, self._timeout)
         self._services.clear()
 
 
