@@ -89,12 +89,13 @@ class AsyncPredicate:
         ({"wait": True}, "wait=True"),
         ({"wait": "5"}, "wait='5'.*tenacity wait object"),
         ({"stop": 5}, "stop=5.*a number goes to attempts="),
-        ({"on": 429}, "on=429.*failure kinds, exception classes, or a predicate"),
+        ({"on": 200}, "on=200.*an HTTP status from 400 to 599"),
         ({"on": "transiet"}, "on='transiet'.*throttled, transient, permanent"),
         ({"on": int}, "subclass of Exception"),
         ({"on": asyncio.CancelledError}, "Cancellation is never retried"),
         ({"on": (ConnectionError, asyncio.CancelledError)}, "Cancellation is never retried"),
-        ({"on": [never]}, "a predicate stands alone"),
+        ({"on": [never]}, "async predicate"),
+        ({"on": [True]}, "on=True.*an HTTP status"),
         ({"on": never}, "async predicate"),
         ({"on": AsyncPredicate()}, "async predicate"),
         ({"on": async_retry_if_exception(never)}, "async predicate"),
@@ -132,6 +133,11 @@ def test_a_policy_that_cannot_work_is_refused_where_it_is_written(options: dict[
         ((FailureKind.TRANSIENT, ValueError), KeyError(), 1),
         (lambda error: isinstance(error, KeyError), KeyError(), 2),
         (lambda error: isinstance(error, KeyError), ConnectionError(), 1),
+        (500, HttpStatusError(500, "GET", "http://h/"), 2),
+        (500, HttpStatusError(503, "GET", "http://h/"), 1),
+        (["throttled", 500, lambda error: isinstance(error, KeyError)], KeyError(), 2),
+        (["throttled", 500, lambda error: isinstance(error, KeyError)], THROTTLED, 2),
+        (["throttled", 500, lambda error: isinstance(error, KeyError)], ConnectionError(), 1),
         (tenacity.retry_if_exception_type(KeyError), KeyError(), 2),
         (tenacity.retry_if_not_exception_type(KeyError), KeyError(), 1),
         (tenacity.retry_if_exception_message(match="x") | tenacity.retry_if_exception_type(OSError), OSError(), 2),
@@ -139,7 +145,7 @@ def test_a_policy_that_cannot_work_is_refused_where_it_is_written(options: dict[
     ],
 )
 async def test_what_is_retried_is_what_on_says(on: Any, error: Exception, attempts: int) -> None:
-    """None means throttled and transient; kinds, classes, collections, predicates and tenacity objects are asked."""
+    """None means throttled and transient; kinds, classes, statuses, predicates, several of them, tenacity objects."""
     fn = await failing_under(Retry(attempts=2, wait=0, on=on), lambda: error)
     assert len(fn.called) == attempts
 

@@ -248,6 +248,8 @@ def _told(error: aiohttp.ClientError) -> str:
     name = type(error).__name__
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{name}: {' '.join(error.message.split())[:LONGEST_REASON]}"
+    if isinstance(error, aiohttp.ClientConnectorError) and not isinstance(error, aiohttp.ClientSSLError):
+        return f"{type(error.os_error).__name__}: {error.os_error}"  # aiohttp's own text talks of SSL in any case
     return name if isinstance(error, _SHOWING_URLS) else f"{name}: {error}"
 
 

@@ -11,13 +11,10 @@ is an attempt that is counted. Loop thread only.
 
 import asyncio
 import json as json_module
-import sys
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
-from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias, TypedDict, Unpack
-from urllib.parse import urlencode
 
 import aiohttp
 from multidict import CIMultiDict
@@ -26,6 +23,7 @@ from yarl import URL
 from penstock import clock
 from penstock.callables import is_async
 from penstock.clients.auth import FetchHeaders, Headers, RenewableAuth
+from penstock.clients.connector import connector_for
 from penstock.clients.exchange import (
     IDEMPOTENT_METHODS,
     A,
@@ -35,14 +33,12 @@ from penstock.clients.exchange import (
     StreamedResponse,
     WholeExchange,
 )
+from penstock.clients.request import Body, Params, checked_base, encoded, is_ip_address, user_info, with_query, without
 from penstock.clients.response import JsonLoads, Response, masked, masked_text
 from penstock.errors import ClosedError, HttpStatusError, RoundTripError, UsageError, WrongLoop
 from penstock.gate.gate import DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics, Service
-
-Params: TypeAlias = Mapping[str, str | int | float] | str | None
-Body: TypeAlias = bytes | str | Mapping[str, str] | None
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """Arbitrary, because: longer than an API's answer, and a hundred of them in flight still fit into memory."""
@@ -51,13 +47,12 @@ MAX_REDIRECTS = 10
 CONNECT_TIMEOUT = 10.0
 """Seconds for opening a connection, so that "not sent" can be told from "no answer". Arbitrary, because: three
 retransmissions of a SYN (RFC 6298: 1, 2 and 4 s) fit in."""
-SPARE_DESCRIPTORS = 64
-"""File descriptors left to the rest of the process. Arbitrary, because: files, pipes and other sockets need some."""
 KNOWN_PATHS = 1_024
 """Parsed URLs that are remembered. Arbitrary, because: more than a service has routes."""
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_CREDENTIALS = frozenset({"authorization", "cookie", "proxy-authorization"})
+_HARMLESS = frozenset({"accept", "accept-encoding", "accept-language", "content-type", "range", "user-agent"})
+"""Headers that may follow a redirect to another origin. Any other may hold a credential, whatever its name."""
 
 
 class _Target(NamedTuple):
@@ -129,7 +124,7 @@ class HttpClient:
         retry: Retry | None = None,
         key: Callable[[str, URL], Hashable] | None = None,
     ) -> None:
-        base = _checked_base(base_url)
+        base = checked_base(base_url)
         self._base = base.with_user(None)
         self._origin = self._base.origin()
         if isinstance(max_body_bytes, bool) or not isinstance(max_body_bytes, int) or max_body_bytes < 1:
@@ -137,7 +132,7 @@ class HttpClient:
         self.timeout = timeout
         self.max_body_bytes = max_body_bytes
         self.json_loads = json_loads
-        self._headers = CIMultiDict(_user_info(base))
+        self._headers = CIMultiDict(user_info(base))
         self._headers.update(headers or {})
         self._headers.update(auth if isinstance(auth, Mapping) else {})
         self._auth = _renewable(auth)
@@ -159,18 +154,21 @@ class HttpClient:
         if self._session is not None:
             raise UsageError("this client has been opened before. Make a new HttpClient() for each `async with`.")
         self._loop = asyncio.get_running_loop()
-        available = _descriptors(self._limit)
-        connector = aiohttp.TCPConnector(limit=available) if self._connector is None else self._connector
-        _check_connector(connector, self._limit)
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=connector_for(self._connector, self._limit),
             connector_owner=self._connector is None,
-            cookie_jar=aiohttp.CookieJar() if self._cookies else aiohttp.DummyCookieJar(),
+            cookie_jar=self._cookie_jar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
         )
         # Private, and there is no public way: aiohttp would send some requests twice without telling anybody.
         self._session._retry_connection = False
         return self
+
+    def _cookie_jar(self) -> aiohttp.abc.AbstractCookieJar:
+        if not self._cookies:
+            return aiohttp.DummyCookieJar()
+        # aiohttp keeps none of a server that is addressed by IP unless it is told to.
+        return aiohttp.CookieJar(unsafe=is_ip_address(self._base.host))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -187,7 +185,17 @@ class HttpClient:
             if self._session is not None:
                 await self._session.close()
 
-    async def request(self, method: str, path: str, **how: Unpack[RequestOptions]) -> Response:
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Params = None,
+        json: Any = None,
+        data: Body = None,
+        headers: Headers | None = None,
+        idempotent: bool | None = None,
+    ) -> Response:
         """Do one round trip and return the answer, read fully.
 
         Args:
@@ -208,19 +216,29 @@ class HttpClient:
             AttemptTimeout: no answer in time.
             ClosedError, WrongLoop: the client is not open, or was opened on another loop.
         """
-        exchange = WholeExchange(*self._request(method, path, **how))
+        exchange = WholeExchange(*self._request(method, path, params, json, data, headers, idempotent))
         response, service = await self._send(exchange)
         service.give_back()
         return response
 
     @asynccontextmanager
-    async def stream(self, method: str, path: str, **how: Unpack[RequestOptions]) -> AsyncIterator[StreamedResponse]:
+    async def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Params = None,
+        json: Any = None,
+        data: Body = None,
+        headers: Headers | None = None,
+        idempotent: bool | None = None,
+    ) -> AsyncIterator[StreamedResponse]:
         """Do one round trip and read a large answer in pieces: `async with api.stream("GET", "/dump") as answer:`.
 
         It is retried until the headers have arrived. The block holds a permit and a connection. Everything else is as
         for `request`.
         """
-        exchange = StreamedExchange(*self._request(method, path, **how))
+        exchange = StreamedExchange(*self._request(method, path, params, json, data, headers, idempotent))
         response, service = await self._send(exchange)
         try:
             yield response
@@ -272,18 +290,17 @@ class HttpClient:
         self,
         method: str,
         path: str,
-        *,
-        params: Params = None,
-        json: Any = None,
-        data: Body = None,
-        headers: Headers | None = None,
-        idempotent: bool | None = None,
+        params: Params,
+        json: Any,
+        data: Body,
+        headers: Headers | None,
+        idempotent: bool | None,
     ) -> _Parts:
         """Everything that an exchange is made of."""
         session = self._opened()
         method = method.upper()
         target = self._targets.get(path) or self._resolve(path)
-        body, content_type = _encoded(json, data)
+        body, content_type = encoded(json, data)
         sent = CIMultiDict(self._headers if target.at_home else ())
         if content_type is not None:
             sent["Content-Type"] = content_type
@@ -291,7 +308,7 @@ class HttpClient:
             sent.update(headers)
         if idempotent is None:
             idempotent = method in IDEMPOTENT_METHODS or "Idempotency-Key" in sent
-        url = _with_query(target.url, params) if params else target.url
+        url = with_query(target.url, params) if params else target.url
         key = target.origin if self._key is None else self._key(method, url)
         return session, self, method, url, sent, body, self._auth if target.at_home else None, idempotent, key
 
@@ -333,9 +350,9 @@ class HttpClient:
             exchange.method = "HEAD" if exchange.method == "HEAD" else "GET"
             exchange.body = None
             exchange.idempotent = True
-            exchange.headers = _without(exchange.headers, {"content-type"})
+            exchange.headers = without(exchange.headers, lambda name: name == "content-type")
         if url.origin() != exchange.url.origin():
-            exchange.headers = _without(exchange.headers, _CREDENTIALS | {name.lower() for name in self._headers})
+            exchange.headers = without(exchange.headers, lambda name: name not in _HARMLESS)
             exchange.auth = None
         exchange.url = url
         exchange.key = masked(url.origin()) if self._key is None else self._key(exchange.method, url)
@@ -366,92 +383,9 @@ class HttpClient:
         return self._session
 
 
-def _checked_base(base_url: str) -> URL:
-    try:
-        url = URL(base_url)
-    except (TypeError, ValueError):
-        url = URL()
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UsageError(
-            f"base_url={masked_text(str(base_url))!r}: expected an address with scheme and host. "
-            f"Write HttpClient('https://host/path')."
-        )
-    if url.query_string or url.fragment:
-        raise UsageError(
-            f"base_url={masked(url)}: has a query or a fragment. Give the query with each request: params=."
-        )
-    return url
-
-
 def _renewable(auth: Headers | FetchHeaders | None) -> RenewableAuth | None:
     if auth is None or isinstance(auth, Mapping):
         return None
     if not is_async(auth):
         raise UsageError(f"auth={auth!r}: expected a mapping of headers, or an async function that returns one.")
     return RenewableAuth(auth)
-
-
-def _user_info(base: URL) -> Headers:
-    return {} if base.user is None else {"Authorization": aiohttp.encode_basic_auth(base.user, base.password or "")}
-
-
-def _check_connector(connector: aiohttp.BaseConnector, limit: int) -> None:
-    if connector.closed:
-        raise ClosedError("the connector= has been closed. Make a new one for each client, or leave it out.")
-    if connector._loop is not asyncio.get_running_loop():  # private, and there is no public way to find out in time
-        raise WrongLoop("the connector= belongs to another event loop. Make it inside this one.")
-    for name, bound in (("limit", connector.limit), ("limit_per_host", getattr(connector, "limit_per_host", 0))):
-        if 0 < bound < limit:
-            raise UsageError(
-                f"the connector's {name}={bound} is below the client's limit={limit}: requests would wait inside "
-                f"aiohttp, on the clock of their timeout. Make it at least {limit}, or 0."
-            )
-
-
-def _descriptors(limit: int) -> int:
-    """Connections that this process may have open, which must be `limit` at least."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit on sockets
-        return sys.maxsize
-    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return sys.maxsize
-    if limit > max(1, soft - SPARE_DESCRIPTORS):
-        raise UsageError(
-            f"limit={limit}: this process may open {soft} files, {SPARE_DESCRIPTORS} of them kept for other uses. "
-            f"Lower limit=, or raise the process's limit (`ulimit -n`)."
-        )
-    return max(1, soft - SPARE_DESCRIPTORS)
-
-
-def _encoded(json: Any, data: Body) -> tuple[bytes | None, str | None]:
-    """The body as bytes, which can be sent again, and its content type."""
-    if json is not None:
-        if data is not None:
-            raise UsageError("found both json= and data=, expected one body.")
-        try:
-            return json_module.dumps(json).encode(), "application/json"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise UsageError(f"json={type(json).__name__}: cannot be written as JSON: {error}.") from error
-    if data is None or isinstance(data, bytes):
-        return data, None
-    if isinstance(data, str):
-        return data.encode(), "text/plain; charset=utf-8"
-    if isinstance(data, Mapping):
-        return urlencode(data).encode(), "application/x-www-form-urlencoded"
-    raise UsageError(
-        f"data={type(data).__name__}: expected bytes, text or a mapping. A retry must be able to send it again, "
-        f"so a stream or a file has to be read first."
-    )
-
-
-def _with_query(url: URL, params: Params) -> URL:
-    try:
-        return url.extend_query(params)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"params={type(params).__name__}: cannot be written as a query: {error}.") from error
-
-
-def _without(headers: Headers, names: AbstractSet[str]) -> Headers:
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in names)

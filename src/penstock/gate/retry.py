@@ -23,11 +23,12 @@ from penstock.outcome import FailureKind, classify
 On: TypeAlias = (
     FailureKind
     | type[Exception]
-    | Collection[FailureKind | type[Exception]]
+    | int
     | Callable[[BaseException], bool]
+    | Collection[FailureKind | type[Exception] | int | Callable[[BaseException], bool]]
     | retry_base
 )
-"""What may be retried: kinds, classes of exceptions, several of them, a predicate, or a tenacity `retry` object."""
+"""What may be retried: kinds, classes of exceptions, HTTP statuses, predicates, or a tenacity `retry`."""
 
 FIRST_WAIT = 0.05
 """Seconds. botocore's base for transient errors in its retry mode of 2026."""
@@ -54,8 +55,9 @@ class Retry:
         wait: seconds of back-off, or a tenacity `wait` object. None is full jitter: a random time between 0 and
             `min(20, base * 2 ** (attempt - 1))`, base 0.05 s, and 1 s after throttling (the formula is "full jitter"
             of the AWS Architecture Blog, "Exponential Backoff And Jitter"). A server's `Retry-After` is never undercut.
-        on: what may be retried: a `FailureKind`, an exception class, a collection of these, a predicate
-            `error -> bool`, or a tenacity `retry` object. None is throttled and transient.
+        on: what may be retried: a `FailureKind`, an exception class, an HTTP status, a predicate `error -> bool`, or a
+            collection of these, such as `["throttled", "transient", 500]`; or a tenacity `retry` object. None is
+            throttled and transient.
         stop: a tenacity `stop` object, asked in addition to `attempts`.
 
     Raises:
@@ -98,25 +100,28 @@ def check_timeout(found: str, timeout: object) -> None:
 
 
 def _check_on(on: object) -> None:
-    if isinstance(on, str | type):
-        _check_part(on)
-    elif isinstance(on, Collection):
+    if isinstance(on, Collection) and not isinstance(on, str | type):
         for part in on:
             _check_part(part)
-    elif callable(on):
-        _refuse_what_cannot_be_asked(on)
     else:
-        raise UsageError(f"Retry(on={on!r}): expected failure kinds, exception classes, or a predicate on errors.")
+        _check_part(on)
 
 
 def _check_part(on: object) -> None:
-    """Check what may stand alone and in a collection: a kind or a class."""
-    if isinstance(on, type) and issubclass(on, Exception):
-        return
-    if on not in list(FailureKind):
+    """Check what may stand alone and in a collection."""
+    if isinstance(on, type):
+        fits = issubclass(on, Exception)
+    elif callable(on):
+        _refuse_what_cannot_be_asked(on)
+        fits = True
+    elif isinstance(on, int):
+        fits = on in range(400, 600)
+    else:
+        fits = on in list(FailureKind)
+    if not fits:
         raise UsageError(
-            f"Retry(on={on!r}): expected a failure kind ({', '.join(FailureKind)}) or a subclass of Exception. "
-            f"Cancellation is never retried; a predicate stands alone."
+            f"Retry(on={on!r}): expected a failure kind ({', '.join(FailureKind)}), a subclass of Exception, an HTTP "
+            f"status from 400 to 599, or a predicate on errors. Cancellation is never retried."
         )
 
 
@@ -197,6 +202,8 @@ def _matches(on: Any, error: BaseException) -> bool:
         return classify(error) == on
     if isinstance(on, type):
         return isinstance(error, on)
+    if isinstance(on, int):
+        return bool(getattr(error, "status", None) == on)
     if isinstance(on, Collection):
         return any(_matches(part, error) for part in on)
     return bool(on(error))
