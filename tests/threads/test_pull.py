@@ -154,9 +154,10 @@ async def test_items_that_arrive_together_share_a_wake_up(monkeypatch: pytest.Mo
         return post(*args, **kwargs)
 
     monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
-    full = threading.Event()
+    begin, full = threading.Event(), threading.Event()
 
     def burst() -> Iterator[int]:
+        assert begin.wait(BOUND)
         yield from range(1000)
         full.set()
         yield 1000
@@ -164,6 +165,7 @@ async def test_items_that_arrive_together_share_a_wake_up(monkeypatch: pytest.Mo
     items = pull_in_thread(burst(), buffersize=2000)
     first = asyncio.ensure_future(anext(items))
     await asyncio.sleep(0)
+    begin.set()
     assert full.wait(BOUND), "blocks the loop on purpose: no wake-up can be served meanwhile"
     assert await first == 0
     assert await collected(items) == list(range(1, 1001))
@@ -400,8 +402,8 @@ async def test_a_finalizer_takes_no_lock() -> None:
 
 
 def test_a_loop_that_is_closed_while_the_source_hangs_makes_no_noise() -> None:
-    """The item that comes late has nowhere to go."""
-    source = Source(range(3), after=1)
+    """What comes late, here the end, has nowhere to go."""
+    source = Source(range(1), after=1)
 
     async def impatient() -> None:
         items = pull_in_thread(source)

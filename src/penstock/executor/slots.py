@@ -11,7 +11,7 @@ ancestor that still runs. Loop thread only.
 import asyncio
 
 from penstock.context import RunningJob
-from penstock.gate.queue import KeyQueue
+from penstock.permits import PermitQueue
 
 
 class Holder(RunningJob):
@@ -25,7 +25,7 @@ class Holder(RunningJob):
     """Whose slot the job runs on; None when the slot is its own."""
     borrower: "Holder | None" = None
     """Who runs on this job's slot beside it."""
-    loan: KeyQueue | None = None
+    loan: PermitQueue | None = None
     """The right to run on this job's slot; made when it is first asked for."""
 
     def nearest_lender(self) -> "Holder | None":
@@ -40,7 +40,7 @@ class Slots:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop = loop
-        self._free = KeyQueue(loop, limit)
+        self._free = PermitQueue(loop, limit)
 
     def take_nowait(self, job: Holder) -> bool:
         """Take a slot of the job's own if one is free and nobody is before us."""
@@ -58,7 +58,7 @@ class Slots:
                 job.holds = True
                 return
             if lender.loan is None:
-                lender.loan = KeyQueue(self._loop, 1)
+                lender.loan = PermitQueue(self._loop, 1)
             if lender.loan.take_nowait() or await _first_of(self._free, lender.loan) is lender.loan:
                 if self._borrow(job, lender, lender.loan):
                     return
@@ -88,7 +88,7 @@ class Slots:
                 assert lender.loan is not None, "it has been lent"
                 lender.loan.give_back()
 
-    def _borrow(self, job: Holder, lender: Holder, loan: KeyQueue) -> bool:
+    def _borrow(self, job: Holder, lender: Holder, loan: PermitQueue) -> bool:
         if not lender.holds:
             loan.give_back()  # it ended while we waited; the next one is to notice too
             return False
@@ -98,10 +98,10 @@ class Slots:
         return True
 
 
-async def _first_of(*queues: KeyQueue) -> KeyQueue:
+async def _first_of(*queues: PermitQueue) -> PermitQueue:
     """Take a permit of exactly one of the queues, whichever has one first."""
     waits = {asyncio.ensure_future(queue.take()): queue for queue in queues}
-    won: KeyQueue | None = None
+    won: PermitQueue | None = None
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         won = next(queue for wait, queue in waits.items() if wait.done())

@@ -3,9 +3,9 @@
 import asyncio
 from dataclasses import dataclass
 
-from penstock.gate.queue import KeyQueue
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, classify
+from penstock.permits import PermitQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class KeyStatistics:
     """From admission to the end of the attempt; successful attempts only."""
 
 
-class Service(KeyQueue):
+class Service(PermitQueue):
     """A key's queue, and what has happened there. Loop thread only."""
 
     __slots__ = ("attempts", "backing_off", "failed", "latency", "retries", "succeeded")

@@ -1,24 +1,24 @@
-"""The queue in front of one service key: who may start the next round trip.
+"""A number of permits, and one fair queue of those who wait for them: what gates and slots hand out.
 
-Purpose: admit at most `limit` round trips at once, first in, first out, with retries that are due before fresh work,
-and nobody while the key is paused. What is waited for is checked at the head of one queue and taken in one step, so
-no permit is ever held by someone who waits for something else.
+Purpose: admit at most `limit` at once, first in, first out, with retries that are due before fresh work, and nobody
+while a pause lasts. What is waited for is checked at the head of one queue and taken in one step, so no permit is ever
+held by someone who waits for something else.
 
 Guarantees: a permit is either taken by a caller that runs, or free. A waiter that is cancelled in the very tick in
 which it was admitted hands its permit on. A cancelled waiter leaves nothing behind, however long a pause lasts.
 
 All of it belongs to the loop thread; nothing here may be called from another.
 
-An `asyncio.Semaphore` would count as well, but it cannot put a due retry before fresh work, nor hold its queue back
-while a server asks for a pause without letting late comers overtake.
+An `asyncio.Semaphore` would count as well, but it cannot be taken outside a coroutine, cannot put a due retry before
+fresh work, and cannot hold its queue back while a server asks for a pause without letting late comers overtake.
 """
 
 import asyncio
 from collections import OrderedDict
 
 
-class KeyQueue:
-    """Permits of one service key, and who waits for them."""
+class PermitQueue:
+    """`limit` permits, and who waits for them."""
 
     __slots__ = ("_due", "_fresh", "_loop", "_paused_until", "_resume", "in_flight", "limit", "now")
 
@@ -44,7 +44,7 @@ class KeyQueue:
 
     @property
     def paused_for(self) -> float:
-        """Seconds until the key may be used again; 0 when it may be."""
+        """Seconds until the pause ends; 0 when there is none."""
         return 0.0 if self._resume is None else max(0.0, self._paused_until - self.now())
 
     def take_nowait(self) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.gate.queue import KeyQueue
+from penstock.permits import PermitQueue
 from penstock.testing import VirtualClockLoop, cancel_at_every_step
 
 
@@ -21,7 +21,7 @@ class QueueAndModel(RuleBasedStateMachine):
     @initialize(limit=st.integers(1, 3))
     def start(self, limit: int) -> None:
         self.loop = VirtualClockLoop()
-        self.queue = KeyQueue(self.loop, limit)
+        self.queue = PermitQueue(self.loop, limit)
         self.tasks: list[asyncio.Task[None]] = []
         self.admitted: list[int] = []
         # The model.
@@ -132,7 +132,7 @@ TestQueueAndModel = QueueAndModel.TestCase
 @pytest.mark.virtual_clock
 async def test_a_permit_granted_in_the_tick_of_a_cancel_is_handed_on() -> None:
     """The classic lost wake-up: granted, cancelled before it runs."""
-    queue = KeyQueue(asyncio.get_running_loop(), 1)
+    queue = PermitQueue(asyncio.get_running_loop(), 1)
     await queue.take()
     unlucky, next_in_line = asyncio.create_task(queue.take()), asyncio.create_task(queue.take())
     await asyncio.sleep(0)
@@ -146,7 +146,7 @@ async def test_a_permit_granted_in_the_tick_of_a_cancel_is_handed_on() -> None:
 @pytest.mark.virtual_clock
 async def test_a_waiter_cancelled_before_the_grant_is_passed_over_at_once() -> None:
     """Its task has not run yet to leave the queue, and the next in line must not wait for that."""
-    queue = KeyQueue(asyncio.get_running_loop(), 1)
+    queue = PermitQueue(asyncio.get_running_loop(), 1)
     await queue.take()
     unlucky, next_in_line = asyncio.create_task(queue.take()), asyncio.create_task(queue.take())
     await asyncio.sleep(0)
@@ -159,7 +159,7 @@ async def test_a_waiter_cancelled_before_the_grant_is_passed_over_at_once() -> N
 @pytest.mark.virtual_clock
 async def test_a_cancelled_waiter_leaves_a_paused_queue_at_once() -> None:
     """However long the pause lasts: a million given-up waiters must not pile up behind it."""
-    queue = KeyQueue(asyncio.get_running_loop(), 1)
+    queue = PermitQueue(asyncio.get_running_loop(), 1)
     queue.pause(3_600)
     for _ in range(3):
         with pytest.raises(TimeoutError):
@@ -171,7 +171,7 @@ async def test_a_cancelled_waiter_leaves_a_paused_queue_at_once() -> None:
 @pytest.mark.virtual_clock
 async def test_a_pause_is_only_ever_lengthened() -> None:
     """The server's longest wish counts."""
-    queue = KeyQueue(asyncio.get_running_loop(), 1)
+    queue = PermitQueue(asyncio.get_running_loop(), 1)
     for duration in (5, 2, 7, -1):
         queue.pause(duration)
     started = queue.now()
@@ -181,9 +181,9 @@ async def test_a_pause_is_only_ever_lengthened() -> None:
 
 def test_no_permit_is_lost_at_any_step() -> None:
     """Contention, a pause and a due retry, cancelled everywhere."""
-    queues: list[KeyQueue] = []
+    queues: list[PermitQueue] = []
 
-    async def hold(queue: KeyQueue, again: bool) -> None:
+    async def hold(queue: PermitQueue, again: bool) -> None:
         await queue.take(again=again)
         try:
             await asyncio.sleep(1)
@@ -191,7 +191,7 @@ def test_no_permit_is_lost_at_any_step() -> None:
             queue.give_back()
 
     async def scenario() -> None:
-        queue = KeyQueue(asyncio.get_running_loop(), 1)
+        queue = PermitQueue(asyncio.get_running_loop(), 1)
         queues.append(queue)
         async with asyncio.TaskGroup() as group:
             for again in (False, False, True):
