@@ -1,11 +1,13 @@
 """What it costs to push items through: microseconds and memory of each item that suspends once, 200 in flight.
 
     python tests/benchmarks/feed.py                       10,000 and 100,000 items in turn, then memory up to 1,000,000
-    python tests/benchmarks/feed.py --items 10000 --rounds 5 --no-memory
+    python tests/benchmarks/feed.py --items 10000 --rounds 5 --no-memory --suspend future
 
-The job is `await asyncio.sleep(0)`: it says nothing about services, it shows what the feed itself takes. The reference
-is what one would write by hand and what every convenience is paid on top of: 200 workers that pull from one iterator
-and drop what they get. Items come from a generator where the contender takes one; results are dropped.
+The job says nothing about services, it shows what the feed itself takes. It suspends in one of two ways: for a `turn`
+of the loop, `await asyncio.sleep(0)`, the least that a suspension can cost; or on a `future` that the loop sets, which
+is what reading from a socket does. The reference is what one would write by hand and what every convenience is paid on
+top of: 200 workers that pull from one iterator and drop what they get. Items come from a generator where the contender
+takes one; results are dropped.
 
 Memory is the growth of peak RSS from 10,000 to 1,000,000 items, each in a process of its own. A feed that is bounded
 does not grow. Those that would take gigabytes or minutes are run with 100,000 items, and the table says so.
@@ -46,9 +48,20 @@ REFERENCE = "worker loop, by hand"
 Feed: TypeAlias = Callable[[int], Awaitable[None]]
 
 
-async def job(item: int) -> int:
+async def job_that_gives_a_turn(item: int) -> int:
     await asyncio.sleep(0)
     return item
+
+
+async def job_that_awaits_a_future(item: int) -> int:
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[int] = loop.create_future()
+    loop.call_soon(future.set_result, item)
+    return await future
+
+
+JOBS = {"turn": job_that_gives_a_turn, "future": job_that_awaits_a_future}
+job = job_that_gives_a_turn
 
 
 def plain_job(item: int) -> int:
@@ -216,10 +229,19 @@ def print_memory(*, uvloop: bool) -> None:
 def make_flags() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, rounds=5)
     parser.add_argument("--items", type=int, action="append", help=f"may be repeated; default: {FEW} and {SOME}")
+    parser.add_argument("--suspend", choices=JOBS, help="how the job suspends; default: turn, then future")
     parser.add_argument("--no-memory", action="store_true", help="leave out the part on memory")
     parser.add_argument("--uvloop", action="store_true")
     parser.add_argument("--only", choices=FEEDS, help=argparse.SUPPRESS)
     return parser
+
+
+def print_rounds(suspend: str, items: int, rounds: int, *, uvloop: bool) -> None:
+    global job
+    job = JOBS[suspend]
+    samples = time_in_turn(items, rounds, uvloop=uvloop)
+    title = f"{items:,} items that suspend for a {suspend}, {rounds} rounds{', uvloop' if uvloop else ''}"
+    print_costs(title, samples, REFERENCE, unit="us/item")
 
 
 def main() -> None:
@@ -228,10 +250,9 @@ def main() -> None:
     if flags.only is not None:
         one_pass(flags.only, sizes[0], uvloop=flags.uvloop)
         return
-    for items in sizes:
-        samples = time_in_turn(items, flags.rounds, uvloop=flags.uvloop)
-        title = f"{items:,} items, {flags.rounds} rounds{', uvloop' if flags.uvloop else ''}"
-        print_costs(title, samples, REFERENCE, unit="us/item")
+    for suspend in [flags.suspend] if flags.suspend else JOBS:
+        for items in sizes if suspend != "future" or flags.items else [FEW]:
+            print_rounds(suspend, items, flags.rounds, uvloop=flags.uvloop)
     if not flags.no_memory:
         print_memory(uvloop=flags.uvloop)
 
