@@ -14,6 +14,7 @@ from penstock.errors import (
     CircuitOpen,
     ClosedError,
     ConnectionFailed,
+    ConnectTimeout,
     DeadlockError,
     HttpStatusError,
     InternalError,
@@ -57,6 +58,10 @@ EXAMPLES: dict[type[PenstockError], tuple[tuple[Any, ...], dict[str, Any]]] = {
         ("POST", "http://x/a", "refused", False),
         {"method": "POST", "url": "http://x/a", "reason": "refused", "sent": False},
     ),
+    ConnectTimeout: (
+        ("POST", "http://x/a", "no connection in time", False),
+        {"method": "POST", "url": "http://x/a", "reason": "no connection in time", "sent": False},
+    ),
     AttemptTimeout: (("text",), {}),
     JobTimeout: (("text",), {}),
     TooManyErrors: ((7, 1000, 0.005), {"failed": 7, "finished": 1000, "max_errors": 0.005}),
@@ -99,6 +104,7 @@ def test_the_drawn_tree_is_the_real_one() -> None:
         (WrongLoop, RuntimeError),
         (WrongThread, RuntimeError),
         (ConnectionFailed, ConnectionError),
+        (ConnectTimeout, TimeoutError),
         (AttemptTimeout, TimeoutError),
         (JobTimeout, TimeoutError),
     ],
@@ -115,7 +121,7 @@ def test_some_are_also_what_the_standard_library_would_raise(
 
 def test_no_other_is_also_a_built_in() -> None:
     """`except OSError` around a file must not catch a full queue."""
-    also = {ClosedError, WrongLoop, WrongThread, ConnectionFailed, AttemptTimeout, JobTimeout}
+    also = {ClosedError, WrongLoop, WrongThread, ConnectionFailed, ConnectTimeout, AttemptTimeout, JobTimeout}
     for kind in set(ALL) - also:
         assert not issubclass(kind, RuntimeError | OSError | LookupError | ValueError)
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock import FailureKind, InternalError, Outcome, Report, UsageError, classify
-from penstock.report import INTERRUPTED, MOST_CAUSES, TOO_MANY_ERRORS, Cause, Tally, first_line
+from penstock import FailureKind, HttpStatusError, InternalError, Outcome, Report, UsageError, classify
+from penstock.errors import first_line
+from penstock.report import INTERRUPTED, KNOWN_CAUSES, MOST_CAUSES, TOO_MANY_ERRORS, Cause, Tally
 
 
 def done(ran: float = 0.0, attempts: int = 0) -> Outcome[Any]:
@@ -75,15 +76,49 @@ def test_a_cause_is_kind_class_and_first_line_with_an_example() -> None:
 def test_memory_is_bounded_when_every_error_has_a_message_of_its_own() -> None:
     """Causes beyond the first thousand are counted by kind only; those that are known go on being counted."""
     tally = Tally()
-    for number in range(Tally.KNOWN_CAUSES + 500):
-        tally.add(failed(ValueError(f"record {number}"), key=number))
+    for number in range(KNOWN_CAUSES + 500):
+        tally.add(failed(ValueError(f"record {in_letters(number)}"), key=number))
     for _ in range(3):
-        tally.add(failed(ValueError("record 5"), key=None))
-    assert len(tally._causes) == Tally.KNOWN_CAUSES
-    report = tally.report(read=Tally.KNOWN_CAUSES + 503, left=0, stopped=None, elapsed=1.0)
+        tally.add(failed(ValueError(f"record {in_letters(5)}"), key=None))
+    assert len(tally._causes) == KNOWN_CAUSES
+    report = tally.report(read=KNOWN_CAUSES + 503, left=0, stopped=None, elapsed=1.0)
     report.verify()
     assert len(report.causes) == MOST_CAUSES
-    assert report.causes[0] == Cause(FailureKind.PERMANENT, "ValueError: record 5", 4, 5)
+    assert report.causes[0] == Cause(FailureKind.PERMANENT, f"ValueError: record {in_letters(5)}", 4, 5)
+
+
+def in_letters(number: int) -> str:
+    """A number that does not look like one."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
+def test_failures_that_differ_in_numbers_or_addresses_only_are_one_cause() -> None:
+    """Ten thousand 404s of ten thousand addresses are one line, and the first of them is the example."""
+    tally = Tally()
+    for number in range(50):
+        tally.add(failed(HttpStatusError(404, "GET", f"http://h/{number}"), key=number))
+        tally.add(failed(HttpStatusError(410, "GET", f"http://h/{number}"), key=number))
+        tally.add(failed(ValueError(f"no item {number}"), key=number))
+    report = tally.report(read=150, left=0, stopped=None, elapsed=1.0)
+    assert [(cause.error, cause.count, cause.example_key) for cause in report.causes] == [
+        ("HttpStatusError: GET http://h/0 -> HTTP 404", 50, 0),
+        ("HttpStatusError: GET http://h/0 -> HTTP 410", 50, 0),
+        ("ValueError: no item 0", 50, 0),
+    ]
+
+
+def test_a_report_is_printed_as_a_summary() -> None:
+    """Sums, speed, why it stopped, and the causes, a line each."""
+    tally = Tally()
+    tally.add(failed(ValueError("bad"), key="k", attempts=3))
+    report = tally.report(read=3, left=2, stopped="interrupted", elapsed=0.5)
+    assert str(report).splitlines() == [
+        "read 3 = done 0 + failed 1 + left 2, 1 permanent",
+        "0.5 s, 2 jobs/s, 3 attempts",
+        "stopped early: interrupted",
+        "1 x ValueError: bad (first: key='k')",
+    ]
+    assert "0 jobs/s" in str(Tally().report(read=0, left=0, stopped=None, elapsed=0.0))
 
 
 def test_a_report_does_not_change_when_counting_goes_on() -> None:

@@ -36,6 +36,8 @@ class RunningJob:
     """The function's name."""
     key: Any = None
     """What `key=` said of the item; None without it."""
+    number: int = 0
+    """The item's place in its source, from 1; 0 for a submitted job."""
     depth: int = 0
     """0 for a job of the program, 1 for a job submitted by such a job, and so on."""
     attempts: int = 0
@@ -44,7 +46,8 @@ class RunningJob:
     """Seconds waited so far for permits, threads and back-off."""
 
     def __repr__(self) -> str:
-        return f"<job {self.name}{'' if self.key is None else f' key={self.key!r:.100}'}>"
+        which = f" key={self.key!r:.100}" if self.key is not None else f" item {self.number}" if self.number else ""
+        return f"<job {self.name}{which}>"
 
 
 _current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=None)

@@ -10,6 +10,7 @@
     │   ├── BodyTooLarge       the answer is longer than `max_body_bytes`
     │   ├── NotJson            the answer was to be JSON and is not
     │   ├── ConnectionFailed   no answer arrived: refused, reset, cut off (also ConnectionError)
+    │   │   └── ConnectTimeout   not even a connection in time (also TimeoutError)
     │   └── AttemptTimeout     no answer in time (also TimeoutError)
     ├── JobTimeout             a job took longer than the stream's `timeout=` (also TimeoutError)
     ├── TooManyErrors          more jobs failed than `max_errors=` allows
@@ -120,6 +121,10 @@ class ConnectionFailed(RoundTripError, ConnectionError):
         return f"{self.method} {self.url} -> {'no answer' if self.sent else 'not sent'}: {self.reason}"
 
 
+class ConnectTimeout(ConnectionFailed, TimeoutError):
+    """No connection in time: the request was not sent."""
+
+
 class AttemptTimeout(RoundTripError, TimeoutError):
     """An attempt, or all attempts with their waits, took longer than allowed."""
 
@@ -167,3 +172,13 @@ def shown(body: bytes, limit: int = 200) -> str:
     """The first bytes of a body as one readable line."""
     text = body[:limit].decode("utf-8", errors="replace")
     return repr(text) + ("..." if len(body) > limit else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of the message, at most 200 characters. An error that cannot be shown says so."""
+    try:
+        message = str(error)
+    except Exception:  # noqa: BLE001  # an exception class of the user's: its mistake must not end the run
+        message = "<its __str__ raised an error>"
+    start = message.lstrip()[:200].splitlines()
+    return f"{type(error).__name__}: {start[0]}"[:200] if start else type(error).__name__

@@ -1,16 +1,18 @@
 """The result of a whole run: a record that can be checked."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.errors import InternalError
+from penstock.errors import InternalError, first_line
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One reason why jobs failed: the same kind, class of error and first line of its message."""
+    """One reason why jobs failed: the same kind and class of error, and the same HTTP status, or else the same first
+    line of the message but for its numbers."""
 
     kind: FailureKind
     error: str
@@ -49,6 +51,18 @@ class Report:
             return 8 if self.stopped == TOO_MANY_ERRORS else 130
         return 5 if self.failed or self.left else 0
 
+    def __str__(self) -> str:
+        kinds = "".join(f", {count:,} {kind}" for kind, count in self.kinds.items())
+        rate = (self.done + self.failed) / self.elapsed if self.elapsed else 0.0
+        lines = [
+            f"read {self.read:,} = done {self.done:,} + failed {self.failed:,} + left {self.left:,}{kinds}",
+            f"{self.elapsed:,.1f} s, {rate:,.0f} jobs/s, {self.attempts:,} attempts",
+        ]
+        if self.stopped is not None:
+            lines.append(f"stopped early: {self.stopped}")
+        lines += [f"{cause.count:,} x {cause.error} (first: key={cause.example_key!r:.80})" for cause in self.causes]
+        return "\n".join(lines)
+
     def verify(self) -> None:
         """Check that every item that was read has exactly one state.
 
@@ -68,22 +82,21 @@ TOO_MANY_ERRORS = "too many errors"
 INTERRUPTED = "interrupted"
 """Values of `Report.stopped`."""
 
+KNOWN_CAUSES = 1_000
+"""Arbitrary, because: a thousand distinct messages already say that the message holds the record."""
 MOST_CAUSES = 20
-"""Arbitrary, because: more than a person reads, and a bound on memory when every error has a message of its own."""
+"""Arbitrary, because: more than a person reads."""
 
 
 class Tally:
     """Counts outcomes into a `Report`. Memory is bounded: causes beyond the first thousand are counted by kind only."""
-
-    KNOWN_CAUSES = 1_000
-    """Arbitrary, because: a thousand distinct messages already say that the message holds the record."""
 
     def __init__(self) -> None:
         self.done = 0
         self.attempts = 0
         self.kinds: dict[FailureKind, int] = {}
         self._ran = Histogram()
-        self._causes: dict[tuple[FailureKind, str], tuple[int, Any]] = {}
+        self._causes: dict[tuple[FailureKind, str], Cause] = {}
 
     def add(self, outcome: Outcome[Any]) -> None:
         """Count one outcome."""
@@ -94,15 +107,17 @@ class Tally:
             return
         assert outcome.error is not None, "what has a kind has an error"
         self.kinds[outcome.kind] = self.kinds.get(outcome.kind, 0) + 1
-        cause = (outcome.kind, first_line(outcome.error))
-        count, key = self._causes.get(cause, (0, outcome.key))
-        if count or len(self._causes) < self.KNOWN_CAUSES:
-            self._causes[cause] = (count + 1, key)
+        reason = (outcome.kind, _reason(outcome.error))
+        known = self._causes.get(reason)
+        if known is not None:
+            self._causes[reason] = replace(known, count=known.count + 1)
+        elif len(self._causes) < KNOWN_CAUSES:
+            self._causes[reason] = Cause(outcome.kind, first_line(outcome.error), 1, outcome.key)
 
     def report(self, *, read: int, left: int, stopped: str | None, elapsed: float) -> Report:
         """Close the books. `read` and `left` are counted where items are taken, not derived from the counts here."""
         failed = sum(self.kinds.values())
-        frequent = sorted(self._causes.items(), key=lambda entry: -entry[1][0])[:MOST_CAUSES]
+        frequent = sorted(self._causes.values(), key=lambda cause: -cause.count)[:MOST_CAUSES]
         return Report(
             read=read,
             done=self.done,
@@ -110,18 +125,14 @@ class Tally:
             left=left,
             stopped=stopped,
             kinds=dict(self.kinds),
-            causes=tuple(Cause(kind, error, count, key) for (kind, error), (count, key) in frequent),
+            causes=tuple(frequent),
             attempts=self.attempts,
             elapsed=elapsed,
             ran=self._ran.snapshot(),
         )
 
 
-def first_line(error: BaseException) -> str:
-    """Class and first line of the message, at most 200 characters. An error that cannot be shown says so."""
-    try:
-        message = str(error)
-    except Exception:  # noqa: BLE001  # an exception class of the user's: its mistake must not end the run
-        message = "<its __str__ raised an error>"
-    start = message.lstrip()[:200].splitlines()
-    return f"{type(error).__name__}: {start[0]}"[:200] if start else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """What an error has in common with others of its cause: messages and addresses often hold the record's number."""
+    status = getattr(error, "status", None)
+    return re.sub(r"\d+", "#", first_line(error)) if status is None else f"{type(error).__name__} {status}"

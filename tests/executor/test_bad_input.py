@@ -75,7 +75,7 @@ async def test_an_async_function_does_not_belong_in_a_thread() -> None:
     async with Executor() as executor:
         for run in (executor.to_thread, executor.compute):
             with pytest.raises(UsageError, match="job returned a coroutine"):
-                await run(job, 1)
+                _ = await run(job, 1)
 
 
 async def test_a_stream_belongs_to_the_loop_that_made_it() -> None:

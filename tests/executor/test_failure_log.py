@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from penstock import Executor, FailureKind, Outcome, classify
-from penstock.executor.failure_log import KNOWN_PLACES, WITH_TRACEBACK, FailureLog
+from penstock import Executor, FailureKind, HttpClient, HttpStatusError, Outcome, Retry, classify
+from penstock.executor.failure_log import IN_FULL, KNOWN_PLACES, FailureLog
 
 
 class Collector(logging.Handler):
@@ -28,6 +28,14 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]
     logger.addHandler(collector)
     yield collector.records
     logger.removeHandler(collector)
+
+
+class _Job:
+    def __repr__(self) -> str:
+        return "<job score>"
+
+
+JOB = _Job()
 
 
 def failed(error: Exception, key: object = None) -> Outcome[Any]:
@@ -71,29 +79,55 @@ def raising_at(line: int) -> Callable[[], object]:
 
 def write(log: FailureLog, error: Exception, times: int = 1) -> None:
     for number in range(times):
-        log.write("score", failed(error, key=number))
+        log.write(JOB, failed(error, key=number))
 
 
-def test_the_first_three_are_told_in_full(records: list[logging.LogRecord]) -> None:
-    """With key, kind and traceback; the third one says that it is the last of its kind."""
-    write(FailureLog(), raised(here), times=WITH_TRACEBACK + 1)
+def test_the_first_has_its_traceback_and_two_more_their_message(records: list[logging.LogRecord]) -> None:
+    """With job, kind and message; the third one says that it is the last of its kind."""
+    write(FailureLog(), raised(here), times=IN_FULL + 1)
     assert [record.getMessage() for record in records] == [
-        "job score key=0 failed (permanent)",
-        "job score key=1 failed (permanent)",
-        "job score key=2 failed (permanent); further ones from here are counted",
+        "<job score> failed (permanent): ValueError: here",
+        "<job score> failed (permanent): ValueError: here",
+        "<job score> failed (permanent): ValueError: here; further ones from here are counted",
     ]
-    for record in records:
-        assert record.exc_info is not None
-        assert isinstance(record.exc_info[1], ValueError)
+    assert [record.exc_info is not None for record in records] == [True, False, False]
+
+
+def test_statuses_are_told_apart_though_one_line_of_penstock_raises_them_all(records: list[logging.LogRecord]) -> None:
+    """A 401 is news after a hundred 404s; the place is the line of the user's program, not penstock's."""
+    log = FailureLog()
+
+    def ask(status: int) -> None:
+        raise HttpStatusError(status, "GET", "http://h/")
+
+    write(log, raised(lambda: ask(404)), times=100)
+    write(log, raised(lambda: ask(401)))
+    assert records[-1].getMessage() == "<job score> failed (permanent): HttpStatusError: GET http://h/ -> HTTP 401"
+    assert f"HttpStatusError 404 at {__file__}:" in records[-2].getMessage()
+
+
+async def test_the_place_of_a_failure_is_the_innermost_line_outside_penstock(
+    records: list[logging.LogRecord],
+) -> None:
+    """Two calls of one client from two lines of the program are two places."""
+
+    async def two_ways(item: int) -> None:
+        if item % 2:
+            await api.get("/odd")
+        await api.get("/even")
+
+    async with HttpClient("http://127.0.0.1:9", retry=Retry(attempts=1)) as api, Executor(limit=1) as executor:
+        await executor.as_completed(two_ways, range(8))
+    assert [record.exc_info is not None for record in records].count(True) == 2
 
 
 def test_after_that_every_power_of_ten_is_told_as_a_count(records: list[logging.LogRecord]) -> None:
     """A million failures of one reason are nine lines."""
     write(FailureLog(), raised(here), times=10_000)
-    counts = records[WITH_TRACEBACK:]
+    counts = records[IN_FULL:]
     place = f"{__file__}:{here.__code__.co_firstlineno + 1}"
     assert [record.getMessage() for record in counts] == [
-        f"job score: ValueError of {place} for the {count}. time" for count in (10, 100, 1_000, 10_000)
+        f"<job score> failed: ValueError at {place} for the {count}. time" for count in (10, 100, 1_000, 10_000)
     ]
     assert all(record.exc_info is None for record in counts)
 
@@ -114,14 +148,14 @@ def test_a_bug_is_an_error_and_all_else_a_warning(kind: FailureKind, records: li
     """In full and as a count: an alarm on errors rings for what somebody has to mend in the program."""
     log = FailureLog()
     for _ in range(10):
-        log.write("score", failed(ValueError())._replace(kind=kind))
+        log.write(JOB, failed(ValueError())._replace(kind=kind))
     assert {record.levelno for record in records} == {logging.ERROR if kind == "bug" else logging.WARNING}
-    assert len(records) == WITH_TRACEBACK + 1
+    assert len(records) == IN_FULL + 1
 
 
 def test_an_error_that_was_never_raised_has_no_place(records: list[logging.LogRecord]) -> None:
     write(FailureLog(), ValueError("made by hand"), times=10)
-    assert records[-1].getMessage() == "job score: ValueError of ?:0 for the 10. time"
+    assert records[-1].getMessage() == "<job score> failed: ValueError at ?:0 for the 10. time"
 
 
 def test_places_beyond_a_thousand_are_counted_together(records: list[logging.LogRecord]) -> None:
@@ -135,11 +169,11 @@ def test_places_beyond_a_thousand_are_counted_together(records: list[logging.Log
     records.clear()
     for line in range(KNOWN_PLACES + 1, KNOWN_PLACES + 1001):
         write(log, raised(raising_at(line)))
-    assert [record.exc_info is not None for record in records] == [True] * WITH_TRACEBACK + [False] * 3
-    assert records[-1].getMessage() == "job score: BaseException of other places:0 for the 1000. time"
+    assert [record.exc_info is not None for record in records] == [True] + [False] * 5
+    assert records[-1].getMessage().endswith("something from one of more than 1,000 places for the 1000. time")
     assert len(log._seen) == KNOWN_PLACES + 1
     write(log, first, times=9)
-    assert records[-1].getMessage() == "job score: ValueError of generated.py:1 for the 10. time"
+    assert records[-1].getMessage() == "<job score> failed: ValueError at generated.py:1 for the 10. time"
 
 
 @pytest.mark.virtual_clock
@@ -150,4 +184,4 @@ async def test_an_executor_writes_the_failures_of_its_jobs(records: list[logging
         async for outcome in stream:
             if outcome.key == "2":
                 break
-    assert [record.getMessage() for record in records] == ["job score key='1' failed (permanent)"]
+    assert [record.getMessage() for record in records] == ["<job score key='1'> failed (permanent): ValueError: here"]

@@ -587,7 +587,7 @@ async def test_a_stream_is_closed_twice_without_harm_and_not_reopened() -> None:
         stream = executor.map(double, range(3))
         await stream.aclose()
         await stream.aclose()
-        with pytest.raises(ClosedError, match="has been closed"):
+        with pytest.raises(ClosedError, match="closed; make a new one"):
             await stream
         assert stream.statistics().read == 0
 

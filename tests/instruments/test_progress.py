@@ -44,7 +44,7 @@ def test_a_terminal_gets_one_line_that_renews_itself(hand: Hand) -> None:
     assert stream.getvalue() == (
         f"{RENEWED}1 of 4 jobs, 0 failed, 1.0/s, 3 s to go"
         f"{RENEWED}2 of 4 jobs, 1 failed, 1.0/s, 2 s to go"
-        f"{RENEWED}2 of 4 jobs, 1 failed, 1.0/s, 2 s to go\n"
+        f"{RENEWED}2 of 4 jobs, 1 failed, 1.0/s\n"
     )
 
 

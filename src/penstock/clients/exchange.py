@@ -20,6 +20,7 @@ from penstock.errors import (
     BodyTooLarge,
     ClosedError,
     ConnectionFailed,
+    ConnectTimeout,
     HttpStatusError,
     RoundTripError,
     UsageError,
@@ -38,7 +39,6 @@ LONGEST_REASON = 200
 NO_BODY = frozenset({204, 304})
 """RFC 9112 6.3; a 304 may announce the length of what it does not send."""
 
-_UNSENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 _SHOWING_URLS = (aiohttp.ClientResponseError, aiohttp.ConnectionTimeoutError, aiohttp.InvalidURL)
 """Their text holds the whole URL, secrets and all: it is neither quoted nor chained."""
 
@@ -193,8 +193,12 @@ class Exchange(ABC, Generic[A]):
         """aiohttp's exception as one of ours, to be raised from it."""
         if isinstance(error, aiohttp.InvalidURL):
             return UsageError(f"{self}: aiohttp refuses this URL ({type(error).__name__}).")
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return ConnectTimeout(self.method, masked(self.url), "no connection in time", False)
         if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
-            return ConnectionFailed(self.method, masked(self.url), _told(error), not isinstance(error, _UNSENT))
+            return ConnectionFailed(
+                self.method, masked(self.url), _told(error), not isinstance(error, aiohttp.ClientConnectorError)
+            )
         return RoundTripError(f"{self} -> {_told(error)}")
 
 

@@ -248,6 +248,8 @@ class Executor:
         self._check_open("run")
         opened: AbstractAsyncContextManager[Any] = job.open() if isinstance(job, Job) else nullcontext(job)
         async with opened as fn:
+            if self._draining:  # since the job began to open
+                return Tally().report(read=0, left=0, stopped=INTERRUPTED, elapsed=0.0)
             return await _tally(self.as_completed(
                 fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors
             ))  # fmt: skip

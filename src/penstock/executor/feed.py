@@ -207,6 +207,7 @@ class Feed:
 
     def _start(self, job: ActiveJob, item: Any) -> None:
         job.input = item
+        job.number = self.read
         job.args = item if self._spread else (item,)
         self._undelivered += 1
         self.in_flight += 1

@@ -139,19 +139,24 @@ class RunningJobs:
                 refuse_coroutine(value, job)
         except (KeyboardInterrupt, GeneratorExit):
             self._end(job, None)
+            if (task := asyncio.current_task()) is not None:
+                task.add_done_callback(_retrieve)  # it comes out of the loop, where nobody can overlook it
             raise
         except asyncio.CancelledError as error:
             if job.cancelled or job.receiver is None:
                 self._end(job, None)
                 raise
             self._end(job, job.failed(error, self._now()))
-        except BaseException as error:  # all of them end the job, and none may end the loop
+        except BaseException as error:  # noqa: BLE001  # all of them end the job, and none may end the loop
             harmless = contained(error, repr(job))
-            self._end(job, job.failed(harmless, self._now()))
-            if job.receiver is None:
-                if harmless is error:
-                    raise
-                raise harmless from harmless.__cause__
+            try:
+                self._end(job, job.failed(harmless, self._now()))
+                if job.receiver is None:
+                    if harmless is error:
+                        raise
+                    raise harmless from harmless.__cause__
+            finally:
+                del harmless  # its traceback holds this frame: a cycle that would keep the item alive
         else:
             self._end(job, job.succeeded(value, self._now()))
             return value if job.receiver is None else None
@@ -159,8 +164,7 @@ class RunningJobs:
     def _settle(self, job: ActiveJob, task: "asyncio.Task[Any]") -> None:
         """The future of a submitted job is done."""
         self._end_if_never_begun(job)
-        if not task.cancelled():
-            task.exception()  # the failure is in the log already: asyncio need not complain that nobody looked at it
+        _retrieve(task)  # the failure is in the log already
 
     def _end_if_never_begun(self, job: ActiveJob) -> None:
         if job in self._tasks:
@@ -177,7 +181,7 @@ class RunningJobs:
             self.ran.record(outcome.ran)
         else:
             self.failed[outcome.kind] = self.failed.get(outcome.kind, 0) + 1
-            self._log.write(job.name, outcome)
+            self._log.write(job, outcome)
         if self._instruments and outcome is not None:
             self._tell(JobEnded(outcome))
         if job.receiver is not None:
@@ -191,3 +195,9 @@ class RunningJobs:
             except Exception:
                 logger.exception("instrument %r failed; it is told nothing more", instrument)
                 self._instruments.remove(instrument)
+
+
+def _retrieve(task: "asyncio.Task[Any]") -> None:
+    """Look at a task's exception, so that asyncio need not complain that nobody did."""
+    if not task.cancelled():
+        task.exception()

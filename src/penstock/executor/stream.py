@@ -67,6 +67,7 @@ class Stream(Generic[T]):
         try:
             return self._unpack(outcome)
         except BaseException:
+            del outcome  # its error's traceback holds this frame: a cycle
             await self.aclose()
             raise
 
@@ -121,6 +122,8 @@ class Stream(Generic[T]):
             self._loop.call_soon_threadsafe(self._feed.cancel)
 
     async def _all(self) -> list[T]:
+        if self._closed:
+            raise ClosedError("this stream has been read to its end or closed; make a new one for another pass.")
         async with self:
             return [value async for value in self]
 

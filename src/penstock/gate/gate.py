@@ -23,13 +23,12 @@ from typing import Any, Protocol, TypeVar, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job, host_of_current_job
-from penstock.errors import AttemptTimeout, UsageError, WrongLoop
+from penstock.errors import AttemptTimeout, UsageError, WrongLoop, first_line
 from penstock.gate.deadlines import Deadlines
 from penstock.gate.retry import Retry, RetryPolicy, check_timeout
 from penstock.gate.server_hints import hint_of
 from penstock.gate.service import KeyStatistics, Service
 from penstock.outcome import FailureKind, classify
-from penstock.report import first_line
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)

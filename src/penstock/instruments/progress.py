@@ -38,22 +38,22 @@ class ProgressLine:
         now = clock.steady()
         if now - self._written >= self._pause:
             self._written = now
-            self._write(now)
+            self._write(now, going_on=True)
 
     def close(self) -> None:
         """Write the last state, and end the line. A stream that is gone (a closed terminal) is no error."""
         with suppress(OSError, ValueError):  # ValueError: I/O operation on closed file
-            self._write(clock.steady())
+            self._write(clock.steady(), going_on=False)
             if self._terminal:
                 self._stream.write("\n")
                 self._stream.flush()
 
-    def _write(self, now: float) -> None:
+    def _write(self, now: float, *, going_on: bool) -> None:
         ended = self._done + self._failed
         of = "" if self._total is None else f" of {self._total:,}"
         rate = ended / max(now - self._started, 1e-9)
         text = f"{ended:,}{of} jobs, {self._failed:,} failed, {rate:,.{0 if rate >= 10 else 1}f}/s"
-        if self._total is not None and 0 < ended < self._total:
+        if going_on and self._total is not None and 0 < ended < self._total:
             text += f", {(self._total - ended) / rate:,.0f} s to go"
         self._stream.write(f"\r\x1b[K{text}" if self._terminal else f"{text}\n")
         self._stream.flush()
