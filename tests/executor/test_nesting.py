@@ -140,6 +140,33 @@ async def test_children_of_a_parent_that_has_ended_look_to_the_grandparent() -> 
         assert await executor.submit(grandparent) == ["grandchild"] * 3
 
 
+async def test_a_borrower_that_ends_first_hands_its_loan_on() -> None:
+    """Three generations on one slot: the middle one ends while its child runs on what it had borrowed."""
+    async with Executor(limit=1) as executor:
+        order = []
+
+        async def grandchild() -> None:
+            await asyncio.sleep(5)
+            order.append("grandchild")
+
+        async def parent() -> "asyncio.Future[None]":
+            future = executor.submit(grandchild)
+            await asyncio.sleep(1)
+            order.append("parent")
+            return future
+
+        async def sibling() -> None:
+            order.append("sibling")
+
+        async def grandparent() -> None:
+            future = await executor.submit(parent)
+            await executor.submit(sibling)
+            await future
+
+        await executor.submit(grandparent)
+        assert order == ["parent", "grandchild", "sibling"]
+
+
 async def test_a_chain_of_successors_does_not_grow_in_memory() -> None:
     """A job that submits its successor and ends is forgotten: no record keeps its ancestors alive."""
     import gc

@@ -3,10 +3,11 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 
 import pytest
 
+import penstock
 from penstock import ClosedError, Executor
 
 pytestmark = pytest.mark.virtual_clock
@@ -192,3 +193,20 @@ async def test_shutdown_from_elsewhere_is_refused() -> None:
     """It belongs to the loop thread, and to an executor that was opened."""
     with pytest.raises(ClosedError, match="not open yet"):
         await Executor().shutdown()
+
+
+async def test_a_run_that_is_shut_down_while_its_job_opens_is_interrupted() -> None:
+    """No item has been taken; the report says why."""
+
+    @penstock.job
+    async def slow_to_open() -> AsyncGenerator[Callable[[int], Awaitable[float]], None]:
+        await asyncio.sleep(5)
+        yield nap
+
+    async with Executor() as executor:
+        run = asyncio.create_task(executor.run(slow_to_open, range(10)))
+        await asyncio.sleep(1)
+        await executor.shutdown(wait=False)
+        report = await run
+        report.verify()
+        assert (report.read, report.stopped, report.exit_code) == (0, "interrupted", 130)

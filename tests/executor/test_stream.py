@@ -1,6 +1,7 @@
 """Streams: what `map` and `as_completed` promise about order, bounds, errors and leaving early."""
 
 import asyncio
+import contextlib
 import gc
 import itertools
 import logging
@@ -589,6 +590,8 @@ async def test_a_stream_is_closed_twice_without_harm_and_not_reopened() -> None:
         await stream.aclose()
         with pytest.raises(ClosedError, match="closed; make a new one"):
             await stream
+        with pytest.raises(ClosedError, match="has been closed; make a new one"):
+            await anext(stream)
         assert stream.statistics().read == 0
 
 
@@ -668,3 +671,89 @@ async def test_a_stream_that_is_cancelled_after_its_source_ended_says_so() -> No
         with pytest.raises(ClosedError, match="before all of its jobs had ended"):
             await reader
         assert stream.statistics().left == 3
+
+
+async def test_a_stream_is_read_once() -> None:
+    """A second pass would silently be empty; it says what to do instead."""
+    async with Executor() as executor:
+        stream = executor.map(double, range(3))
+        assert await stream == [0, 2, 4]
+        with pytest.raises(ClosedError, match="read to its end or closed; make a new one"):
+            await stream
+
+
+async def test_a_stream_whose_jobs_have_all_ended_may_be_dropped() -> None:
+    """Nothing runs that would have to be cleaned up, so nothing is said."""
+    async with Executor() as executor:
+        stream = executor.map(double, range(3))
+        assert await anext(stream) == 0
+        await asyncio.sleep(5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            del stream
+            gc.collect()
+
+
+async def test_failed_jobs_leave_no_reference_cycles(caplog: pytest.LogCaptureFixture) -> None:
+    """Errors, and the items that their tracebacks hold, are freed as soon as nobody holds them: no collector needed."""
+    import weakref
+
+    caplog.set_level(logging.CRITICAL, logger="penstock.jobs")
+
+    class Item:
+        pass
+
+    alive: weakref.WeakSet[Item] = weakref.WeakSet()
+
+    def items() -> Iterator[Item]:
+        for _ in range(50):
+            item = Item()
+            alive.add(item)
+            yield item
+
+    async def fail(_item: Item) -> None:
+        await asyncio.sleep(1)
+        raise ValueError
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with Executor(limit=5) as executor:
+            async with executor.as_completed(fail, items()) as outcomes:
+                async for _ in outcomes:
+                    pass
+            del _
+            async with executor.map(fail, items()) as values:
+                with contextlib.suppress(ValueError):
+                    await anext(values)
+            assert len(alive) == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(asyncio, "eager_task_factory"), reason="eager tasks came with Python 3.12")
+async def test_an_eager_task_factory_changes_nothing() -> None:
+    """Jobs that end before their task is returned, that wait, that fail, and that submit others."""
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+    try:
+
+        async def at_once(item: int) -> int:
+            return item
+
+        async def fail(item: int) -> int:
+            raise ValueError(item)
+
+        async with Executor(limit=3) as executor:
+
+            async def parent(item: int) -> int:
+                return sum(await executor.map(at_once, range(item))) + await executor.submit(double, item)
+
+            assert await executor.map(at_once, range(50)) == list(range(50))
+            assert await executor.map(parent, range(6)) == [2 * n + n * (n - 1) // 2 for n in range(6)]
+            outcomes = await executor.as_completed(fail, range(20), key=lambda item: 1 // (item - 7))
+            assert sorted(outcome.input for outcome in outcomes) == list(range(20))
+            assert await asyncio.gather(*(executor.submit(at_once, item) for item in range(9))) == list(range(9))
+            assert executor.statistics().jobs == 0
+    finally:
+        loop.set_task_factory(None)

@@ -127,6 +127,8 @@ class Feed:
         The wait is bounded: jobs that still run after `PATIENCE` seconds are named in the log and abandoned.
         """
         self.ready.clear()
+        while self._in_order:
+            self._in_order.popleft().result = None
         if self.over.is_set():
             return
         self.cancel()
@@ -252,7 +254,9 @@ class Feed:
         job.settled = True
         job.result = outcome
         while waiting and waiting[0].settled:
-            self._deliver(waiting.popleft().result)
+            settled = waiting.popleft()
+            self._deliver(settled.result)
+            settled.result = None  # an error's traceback holds the job: a cycle
 
     def _deliver(self, outcome: Outcome[Any] | None) -> None:
         if outcome is not None:

@@ -60,14 +60,14 @@ class RunningJobs:
         """Run a stream's job, which has its slot, in a task and a context of its own."""
         self._tasks[job] = None
         task = self._loop.create_task(self._perform(job), name=job.name)
-        if job in self._tasks:  # an eager task factory may have run it to its end
+        if job in self._tasks:  # pragma: no branch  # an eager task factory (3.12) may have run it to its end
             self._tasks[job] = task
 
     def submit(self, job: ActiveJob) -> "asyncio.Task[Any]":
         """Run a submitted job in a task and a context of its own, when there is a slot for it."""
         self._tasks[job] = None
         task = self._loop.create_task(self._perform_in_turn(job), name=job.name)
-        if job in self._tasks:
+        if job in self._tasks:  # pragma: no branch  # as above
             self._tasks[job] = task
             task.add_done_callback(lambda done: self._settle(job, done))
         return task
@@ -137,10 +137,13 @@ class RunningJobs:
                 value = await job.fn(*job.args, **job.kwargs)
             if type(value) is CoroutineType:
                 refuse_coroutine(value, job)
-        except (KeyboardInterrupt, GeneratorExit):
+        except GeneratorExit:
+            raise  # the loop was closed under the job: nobody is left to be told
+        except KeyboardInterrupt:
             self._end(job, None)
-            if (task := asyncio.current_task()) is not None:
-                task.add_done_callback(_retrieve)  # it comes out of the loop, where nobody can overlook it
+            task = asyncio.current_task()
+            assert task is not None, "this is the body of a task"
+            task.add_done_callback(_retrieve)  # it comes out of the loop, where nobody can overlook it
             raise
         except asyncio.CancelledError as error:
             if job.cancelled or job.receiver is None:
