@@ -9,6 +9,7 @@ import pytest
 
 import penstock
 from penstock import ClosedError, Executor
+from penstock.executor.active import ActiveJob
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -210,3 +211,13 @@ async def test_a_run_that_is_shut_down_while_its_job_opens_is_interrupted() -> N
         report = await run
         report.verify()
         assert (report.read, report.stopped, report.exit_code) == (0, "interrupted", 130)
+
+
+async def test_a_job_whose_loop_was_closed_under_it_tells_nobody() -> None:
+    """Its coroutine is closed by the garbage collector, when there is no loop that anything could be posted to."""
+    async with Executor() as executor:
+        assert executor._jobs is not None
+        body = executor._jobs._perform(ActiveJob(executor, None, "nap", nap, (1,)))
+        body.send(None)
+        body.close()
+        assert executor.statistics().cancelled == 0
