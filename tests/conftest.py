@@ -2,7 +2,8 @@
 
 Markers:
     virtual_clock: the test and its async fixtures run on `penstock.testing.VirtualClockLoop`.
-    full: long; deselected unless asked for, `pytest -m "full or not full"` runs all.
+    full: long; deselected unless asked for. `pytest -m "full or not full"` is the long form of the suite: it runs all,
+        and tries more examples of each property.
     may_leave: what the test may leave behind, with a reason beside it: "tasks", "threads", "sockets", "errors".
 """
 
@@ -40,12 +41,17 @@ _wider_threads: set[threading.Thread] = set()
 _wider_sockets: set[int] = set()
 
 
+# The long form of the suite, and how many examples it tries of each property, instead of 100.
+LONG_FORM = "full or not full"
+LONG_EXAMPLES = 4_000
+
 # A busy machine is no failure of a property.
-hypothesis.settings.register_profile("penstock", deadline=None)
-hypothesis.settings.load_profile("penstock")
+hypothesis.settings.register_profile("short", deadline=None)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=LONG_EXAMPLES)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("long" if config.option.markexpr == LONG_FORM else "short")
     for marker in (
         "virtual_clock: run the test and its async fixtures in virtual time",
         "full: long; deselected unless asked for with -m",

@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import Executor, current_job
@@ -209,7 +209,6 @@ programs = st.recursive(
 )
 
 
-@settings(max_examples=60)
 @given(roots=st.lists(programs, min_size=1, max_size=5), limit=st.integers(1, 4), by_map=st.booleans())
 def test_random_trees_of_jobs_end_and_never_exceed_the_slots(roots: list[object], limit: int, by_map: bool) -> None:
     """Whatever the tree, by `submit` or by `map`: all jobs end, and those that work themselves fit the slots."""
