@@ -42,7 +42,6 @@ from service import EmbeddedService, add_service_flags, config_from
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
-    from types import FrameType
     from typing import BinaryIO
 
 JOBS = 10_000
@@ -104,15 +103,11 @@ def ctrl_c_shuts_down(executor: penstock.Executor) -> Iterator[None]:
         what = "cancelling it" if again else "finishing what is in flight; Ctrl-C again cancels it"
         print(f"\ninterrupted: {what}", file=sys.stderr)
 
-    # The signal comes between any two instructions; the executor wants to be called by its loop.
-    def pressed(_signal: int, _frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(shut_down)
-
-    before = signal.signal(signal.SIGINT, pressed)
+    loop.add_signal_handler(signal.SIGINT, shut_down)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        loop.remove_signal_handler(signal.SIGINT)
 
 
 # --- records in ---

@@ -1,6 +1,6 @@
 """The only module that reads time.
 
-Everything else is given `now`, or asks the running loop through this module: under the virtual-clock loop of
+Everything else is given `now`, or asks its event loop, whose time `now()` is: under the virtual-clock loop of
 `penstock.testing` the whole library then lives in virtual time. Durations are float seconds.
 """
 

@@ -7,6 +7,7 @@ variable follows the job through awaits, into threads and into tasks that it sta
 The record is written by the loop thread only. Other threads may read it.
 """
 
+import reprlib
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
@@ -46,8 +47,9 @@ class RunningJob:
     """Seconds waited so far for permits, threads and back-off."""
 
     def __repr__(self) -> str:
-        which = f" key={self.key!r:.100}" if self.key is not None else f" item {self.number}" if self.number else ""
-        return f"<job {self.name}{which}>"
+        if self.key is not None:
+            return f"<job {self.name} key={reprlib.repr(self.key)}>"
+        return f"<job {self.name} item {self.number}>" if self.number else f"<job {self.name}>"
 
 
 _current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=None)

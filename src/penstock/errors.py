@@ -182,3 +182,12 @@ def first_line(error: BaseException) -> str:
         message = "<its __str__ raised an error>"
     start = message.lstrip()[:200].splitlines()
     return f"{type(error).__name__}: {start[0]}"[:200] if start else type(error).__name__
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error carries as `.status`; None where there is none, or something else."""
+    try:
+        status = getattr(error, "status", None)
+    except Exception:  # noqa: BLE001  # a property of the user's: its mistake must not end the run
+        return None
+    return status if isinstance(status, int) else None

@@ -101,7 +101,7 @@ def provably_unsent(error: BaseException) -> bool:
     return isinstance(error, ConnectionFailed) and not error.sent
 
 
-def contained(error: BaseException, where: str) -> Exception:
+def contained(error: BaseException, where: object) -> Exception:
     """`error` as an exception that can be handed around without ending the run.
 
     `StopIteration` and `StopAsyncIteration` end the iteration of whoever reads the result, `SystemExit` and
@@ -136,7 +136,8 @@ def _stop_iteration_in_a_coroutine(error: BaseException) -> BaseException | None
 class Outcome(NamedTuple, Generic[T]):
     """How one job ended: a value or an error, never both.
 
-    A cancellation from outside is never an outcome; one that the job inflicts on itself has kind *cancelled*.
+    A cancellation from outside is never an outcome; one that the job inflicts on itself, by raising `CancelledError`,
+    has kind *cancelled*. (A job that calls `cancel()` on its own task cannot be told from one that others cancel.)
     Durations are seconds. A named tuple, because one is made for every item and a frozen dataclass costs four times
     as much to make.
     """

@@ -15,6 +15,9 @@ fresh work, and cannot hold its queue back while a server asks for a pause witho
 
 import asyncio
 from collections import OrderedDict
+from typing import TypeAlias
+
+_Line: TypeAlias = "OrderedDict[asyncio.Future[PermitQueue], None]"
 
 
 class PermitQueue:
@@ -27,8 +30,8 @@ class PermitQueue:
         self.now = loop.time
         self.limit = limit
         self.in_flight = 0
-        self._fresh: OrderedDict[asyncio.Future[None], None] = OrderedDict()
-        self._due: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._fresh: _Line = OrderedDict()
+        self._due: _Line = OrderedDict()
         self._paused_until = 0.0
         self._resume: asyncio.TimerHandle | None = None
 
@@ -48,8 +51,8 @@ class PermitQueue:
         return 0.0 if self._resume is None else max(0.0, self._paused_until - self.now())
 
     def take_nowait(self) -> bool:
-        """Take a permit if one is free and nobody is before us."""
-        if self.in_flight >= self.limit or self._fresh or self._due or self._resume is not None:
+        """Take a permit if one is free. Nobody is before us then: who waits is admitted as soon as one is free."""
+        if self.in_flight >= self.limit or self._resume is not None:
             return False
         self.in_flight += 1
         return True
@@ -61,17 +64,7 @@ class PermitQueue:
         """
         if self.take_nowait():
             return
-        queue = self._due if again else self._fresh
-        admitted = self._loop.create_future()
-        queue[admitted] = None
-        try:
-            await admitted
-        except asyncio.CancelledError:
-            if admitted.cancelled():
-                queue.pop(admitted, None)
-            else:
-                self.give_back()
-            raise
+        await _admission(self._loop, [self._due if again else self._fresh])
 
     def give_back(self) -> None:
         """Return a permit; the next in line gets it."""
@@ -98,6 +91,29 @@ class PermitQueue:
             if not queue:
                 return
             admitted, _ = queue.popitem(last=False)
-            if not admitted.done():  # cancelled, and its task has not run yet to leave the queue
+            if not admitted.done():  # else it has been cancelled or admitted elsewhere, and its task has not run yet
                 self.in_flight += 1
-                admitted.set_result(None)
+                admitted.set_result(self)
+
+
+async def take_first(loop: asyncio.AbstractEventLoop, *queues: PermitQueue) -> PermitQueue:
+    """Wait for a permit of whichever queue has one first, behind who waits there already; return that queue.
+
+    Cancellation: as for `PermitQueue.take`.
+    """
+    return await _admission(loop, [queue._fresh for queue in queues])
+
+
+async def _admission(loop: asyncio.AbstractEventLoop, lines: list[_Line]) -> PermitQueue:
+    admitted: asyncio.Future[PermitQueue] = loop.create_future()
+    for line in lines:
+        line[admitted] = None
+    try:
+        return await admitted
+    except BaseException:
+        if admitted.done() and not admitted.cancelled():
+            admitted.result().give_back()
+        raise
+    finally:
+        for line in lines:
+            line.pop(admitted, None)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.errors import InternalError, first_line
+from penstock.errors import InternalError, first_line, status_of
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, Outcome
 
@@ -134,5 +134,5 @@ class Tally:
 
 def _reason(error: BaseException) -> str:
     """What an error has in common with others of its cause: messages and addresses often hold the record's number."""
-    status = getattr(error, "status", None)
+    status = status_of(error)
     return re.sub(r"\d+", "#", first_line(error)) if status is None else f"{type(error).__name__} {status}"

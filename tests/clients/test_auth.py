@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from penstock import ClosedError, HttpClient, HttpStatusError, Retry, RoundTripError, UsageError
+from penstock import ClosedError, Executor, HttpClient, HttpStatusError, Retry, RoundTripError, UsageError, current_job
 from penstock.clients.auth import PATIENCE, RenewableAuth
 
 if TYPE_CHECKING:
@@ -278,22 +278,61 @@ async def test_a_function_that_cancels_itself_cancels_nobody_else(web: Web) -> N
         assert (await api.get("/x")).status == 200
 
 
-async def test_a_renewal_under_way_is_waited_for_whatever_was_refused() -> None:
-    """Headers that are being replaced have been refused as well, so an older refusal is no reason to use them."""
-    calls: list[float] = []
+async def test_headers_are_outdated_when_they_were_refused_or_newer_ones_are_asked_for() -> None:
+    """What there is during a renewal has been refused, whichever generation somebody heard the 401 with."""
+    release = asyncio.Event()
 
-    async def fetch() -> Mapping[str, str]:
-        calls.append(1)
-        await asyncio.sleep(1)
-        return {"X": str(len(calls))}
+    async def fetch() -> dict[str, str]:
+        await release.wait()
+        return {}
 
     auth = RenewableAuth(fetch)
-    await auth.renew(0)
-    await auth.renew(1)
-    renewing = asyncio.create_task(auth.renew(2))
-    await asyncio.sleep(0.5)
-    await auth.renew(1)
-    assert (auth.headers, auth.generation) == ({"X": "3"}, 3)
+    assert auth.outdated(0)
+    renewing = asyncio.create_task(auth.renew())
+    await asyncio.sleep(0)
+    assert auth.outdated(0)
+    release.set()
     await renewing
+    assert not auth.outdated(0)
+    assert auth.outdated(1)
+
+
+async def test_the_function_is_asked_for_all_and_not_for_the_job_that_happened_to_be_first(web: Web) -> None:
+    """Its context variables are those of the first, its attempts are nobody's."""
+    seen: list[object] = []
+
+    async def fetch() -> dict[str, str]:
+        seen.append(current_job())
+        return {}
+
+    async with web.serving(web.reply()) as server, HttpClient(server.url, auth=fetch) as api, Executor() as executor:
+
+        async def ask(_item: int) -> None:
+            await api.get("/x")
+
+        outcomes = await executor.as_completed(ask, range(2))
+    assert seen == [None]
+    assert [outcome.attempts for outcome in outcomes] == [1, 1]
+
+
+async def test_a_client_whose_function_was_never_asked_is_closed_like_any_other(web: Web) -> None:
+    """There is no renewal to wait for; and none begins afterwards."""
+
+    async def fetch() -> dict[str, str]:
+        return {}
+
+    auth = RenewableAuth(fetch)
     await auth.close()
-    assert len(calls) == 3
+    with pytest.raises(ClosedError, match="not asked any more"):
+        await auth.renew()
+
+
+async def test_a_time_out_of_the_functions_own_stays_its_own(web: Web) -> None:
+    """It is not taken for the end of `Retry(timeout=)`."""
+
+    async def fetch() -> dict[str, str]:
+        raise TimeoutError("the token service")
+
+    async with web.serving(web.reply()) as server, HttpClient(server.url, auth=fetch) as api:
+        with pytest.raises(TimeoutError, match="the token service"):
+            await api.get("/x")

@@ -327,15 +327,34 @@ async def test_total_time_includes_redirects_and_renewals(web: Web) -> None:
 async def test_no_request_is_sent_when_a_renewal_has_used_up_the_total_time(web: Web) -> None:
     """Nobody waits for its answer any more."""
 
+    waits = [0, 20]
+
     async def slow() -> dict[str, str]:
-        await asyncio.sleep(20)
+        await asyncio.sleep(waits.pop(0))
         return {}
 
     async with (
         web.serving(web.reply(status=401)) as server,
         HttpClient(server.url, auth=slow, retry=Retry(timeout=10)) as api,
     ):
-        with pytest.raises(AttemptTimeout, match="the attempt could not start in time"):
+        with pytest.raises(AttemptTimeout, match=r"auth= gave no headers before the end of Retry\(timeout=10\)"):
             await api.get("/x")
         assert len(server.requests) == 1
         assert api.statistics()[server.url].in_flight == 0
+
+
+async def test_a_status_is_heard_though_its_body_does_not_come(web: Web) -> None:
+    """The pause that a 429 asks for must not be lost to the time-out of a body that nobody needs."""
+
+    class Throttle(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            assert isinstance(transport, asyncio.Transport)
+            transport.write(b"HTTP/1.1 429 Slow Down\r\nRetry-After: 30\r\nContent-Length: 1000\r\n\r\n")
+
+    server = await asyncio.get_running_loop().create_server(Throttle, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, HttpClient(url, timeout=20.0, retry=Retry(attempts=1)) as api:
+        with pytest.raises(HttpStatusError) as caught:
+            await api.get("/x")
+        assert caught.value.retry_after == 30
+        assert api.statistics()[url].paused_for > 20

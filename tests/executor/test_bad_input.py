@@ -30,16 +30,16 @@ async def test_the_window_holds_at_least_one_item(buffersize: int) -> None:
             executor.map(job, [1], buffersize=buffersize)
 
 
-@pytest.mark.parametrize("timeout", [0, -1.0])
-async def test_a_timeout_is_above_zero(timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1.0, True, float("nan"), "5"])
+async def test_a_timeout_is_above_zero(timeout: Any) -> None:
     """A timeout of nothing would fail every job."""
     async with Executor() as executor:
         with pytest.raises(UsageError, match="expected seconds above 0, or None for no limit"):
             executor.as_completed(job, [1], timeout=timeout)
 
 
-@pytest.mark.parametrize("max_errors", [-1, -0.5, True, 1.0, 5.0, float("nan"), float("inf")])
-async def test_max_errors_is_a_count_or_a_share(max_errors: float) -> None:
+@pytest.mark.parametrize("max_errors", [-1, -0.5, True, 1.0, 5.0, float("nan"), float("inf"), "5"])
+async def test_max_errors_is_a_count_or_a_share(max_errors: Any) -> None:
     """Negative and boolean values mean nothing; a share of 1 or more is a count that was written as a float."""
     async with Executor() as executor:
         with pytest.raises(UsageError, match=r"expected a count \(int\) of at least 0, or a share \(float\)"):

@@ -167,6 +167,55 @@ async def test_a_borrower_that_ends_first_hands_its_loan_on() -> None:
         assert order == ["parent", "grandchild", "sibling"]
 
 
+@pytest.mark.parametrize("children", [1, 2, 3, 5])
+async def test_children_that_wait_for_a_loan_are_woken_when_their_parent_ends(children: int) -> None:
+    """One slot; the parent ends while one child runs on its slot and others wait for it: all get their turn."""
+    async with Executor(limit=1) as executor:
+        futures: list[asyncio.Future[float]] = []
+
+        async def leaf() -> float:
+            await asyncio.sleep(1)
+            return 1.0
+
+        async def parent() -> None:
+            futures.extend(executor.submit(leaf) for _ in range(children))
+            await asyncio.sleep(0.5)
+
+        async def grandparent() -> float:
+            await executor.submit(parent)
+            return sum(await asyncio.gather(*futures))
+
+        assert await executor.submit(grandparent) == children
+
+
+async def test_cancelling_every_task_of_the_loop_keeps_the_books_of_the_slots() -> None:
+    """Children that wait for whichever slot comes first are cancelled with all the others: no slot is made up."""
+    async with Executor(limit=1) as executor:
+        running = most = 0
+
+        async def child() -> None:
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
+            await asyncio.sleep(5)
+            running -= 1
+
+        async def parent() -> None:
+            await asyncio.gather(*(executor.submit(child) for _ in range(3)))
+
+        for _ in range(3):
+            future = executor.submit(parent)
+            await asyncio.sleep(1)
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            await asyncio.wait([future])
+            running = 0
+        await asyncio.gather(*(executor.submit(child) for _ in range(4)))
+        assert most == 1
+        assert executor._jobs is not None
+        assert executor._jobs.slots._free.in_flight == 0
+
+
 async def test_a_chain_of_successors_does_not_grow_in_memory() -> None:
     """A job that submits its successor and ends is forgotten: no record keeps its ancestors alive."""
     import gc

@@ -1,6 +1,7 @@
 """Leaving an executor: drain, cancel, and what becomes of streams and nested jobs meanwhile."""
 
 import asyncio
+import contextlib
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -8,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 import pytest
 
 import penstock
-from penstock import ClosedError, Executor
+from penstock import ClosedError, Executor, UsageError
 from penstock.executor.active import ActiveJob
 
 pytestmark = pytest.mark.virtual_clock
@@ -221,3 +222,54 @@ async def test_a_job_whose_loop_was_closed_under_it_tells_nobody() -> None:
         body.send(None)
         body.close()
         assert executor.statistics().cancelled == 0
+
+
+async def test_a_job_cannot_wait_for_all_jobs_itself_among_them() -> None:
+    """Two that did would wait for each other for ever: they are told what to write."""
+    async with Executor() as executor:
+
+        async def leave() -> None:
+            await executor.shutdown()
+
+        with pytest.raises(UsageError, match="shutdown\\(wait=False\\)"):
+            await executor.submit(leave)
+
+
+async def test_stubborn_sources_hold_a_shutdown_up_once_and_not_each() -> None:
+    """Ten sources that swallow their cancellation: the wait for them is bounded as a whole."""
+    release = asyncio.Event()
+
+    async def stubborn() -> AsyncGenerator[int, None]:
+        yield 1
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    loop = asyncio.get_running_loop()
+    async with Executor() as executor:
+        readers = [asyncio.ensure_future(executor.map(nap, stubborn())) for _ in range(10)]
+        await asyncio.sleep(2)
+        started = loop.time()
+        await executor.shutdown(timeout=0)
+        assert loop.time() - started <= 10
+        release.set()
+        await asyncio.gather(*readers, return_exceptions=True)
+
+
+async def test_a_stream_that_a_failed_job_kept_alive_ends_with_the_executor() -> None:
+    """Its handle hangs on the traceback of the job's error; the drain does not wait for it."""
+    loop = asyncio.get_running_loop()
+    outcomes = []
+    async with Executor() as executor:
+
+        async def careless(_item: int) -> None:
+            stream = executor.as_completed(nap, itertools.repeat(1))
+            async for _ in stream:
+                raise ValueError
+
+        async with executor.as_completed(careless, [1]) as stream:
+            async for outcome in stream:
+                outcomes.append(outcome)
+        started = loop.time()
+    assert loop.time() - started < 3
+    assert len(outcomes) == 1

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import logging
+import sys
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from operator import itemgetter
@@ -18,6 +19,8 @@ from penstock import (
     Executor,
     FailureKind,
     JobTimeout,
+    Outcome,
+    Stream,
     TooManyErrors,
     UsageError,
     current_job,
@@ -424,23 +427,39 @@ async def test_a_reader_that_waits_learns_that_jobs_were_abandoned() -> None:
         await asyncio.sleep(1)
 
 
-@pytest.mark.parametrize("asked", [True, False])
-async def test_a_job_that_cancels_itself_is_an_outcome_of_kind_cancelled(asked: bool) -> None:
-    """By raising CancelledError or by cancelling its own task: it ends alone."""
+async def test_a_job_that_cancels_itself_is_an_outcome_of_kind_cancelled() -> None:
+    """By raising CancelledError, or waiting for something that was cancelled: it ends alone."""
 
     async def job(item: int) -> int:
         if item == 1:
-            if asked:
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
-                await asyncio.sleep(0)
-            raise asyncio.CancelledError("had enough")
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
         return item
 
     async with Executor() as executor:
         outcomes = await executor.as_completed(job, range(3))
     assert {o.input: o.kind for o in outcomes} == {0: None, 1: FailureKind.CANCELLED, 2: None}
+
+
+async def test_a_job_whose_task_is_cancelled_by_others_ends_the_stream_and_says_so() -> None:
+    """It is no outcome, so a later run would do it again; and its reader learns that something is missing."""
+
+    async def job(item: int) -> int:
+        if item == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        await asyncio.sleep(1)
+        return item
+
+    delivered = []
+    async with Executor(limit=3) as executor, executor.as_completed(job, range(3)) as stream:
+        with pytest.raises(ClosedError, match="item 2> was cancelled by something else"):
+            async for outcome in stream:
+                delivered.append(outcome.value)
+        assert sorted(map(str, delivered)) == ["0", "2"]
+        assert stream.statistics().left == 1
 
 
 async def test_a_cancel_from_outside_is_never_an_outcome() -> None:
@@ -757,3 +776,305 @@ async def test_an_eager_task_factory_changes_nothing() -> None:
             assert executor.statistics().jobs == 0
     finally:
         loop.set_task_factory(None)
+
+
+class Hostile(Exception):
+    """An exception whose every part is a trap."""
+
+    @property
+    def status(self) -> int:
+        raise RuntimeError("no status")
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+class HostileKey:
+    """A key that cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+async def test_nothing_a_user_makes_hangs_the_reader(caplog: pytest.LogCaptureFixture) -> None:
+    """Errors, keys and items that cannot be shown, and statuses that cannot be hashed: each item has its outcome."""
+
+    class Unhashable(Exception):
+        status = {"code": 5}  # noqa: RUF012  # as an SDK has it
+
+    async def fail(item: int) -> None:
+        raise Hostile if item % 2 else Unhashable
+
+    async with Executor(limit=2) as executor:
+        outcomes = await executor.as_completed(fail, range(10), key=lambda _: HostileKey())
+        assert len(outcomes) == 10
+        refused = await executor.as_completed(len_of, [HostileKey()], key=itemgetter("id"))  # type: ignore[arg-type]
+        assert [type(outcome.error) for outcome in refused] == [UsageError]
+        report = await executor.run(fail, range(10))
+        report.verify()
+        assert report.failed == 10
+        assert executor.statistics().jobs == 0
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), asyncio.CancelledError()])
+async def test_a_key_function_that_wants_to_leave_fails_its_item_alone(raised: BaseException) -> None:
+    """It ends neither the loop nor the stream."""
+
+    def key(item: int) -> int:
+        if item == 1:
+            raise raised
+        return item
+
+    async with Executor() as executor:
+        outcomes = await executor.as_completed(double, range(3), key=key)
+    assert {outcome.input: outcome.ok for outcome in outcomes} == {0: True, 1: False, 2: True}
+
+
+@pytest.mark.may_leave("errors")  # it is what the loop's exception handler is told
+async def test_a_logging_filter_that_raises_does_not_lose_an_outcome() -> None:
+    """The outcome arrives; the loop's exception handler is told of the filter."""
+    told: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+
+    def refuse(_record: logging.LogRecord) -> bool:
+        raise RuntimeError("no log today")
+
+    async def fail(item: int) -> None:
+        raise ValueError(item)
+
+    logger = logging.getLogger("penstock.jobs")
+    logger.addFilter(refuse)
+    try:
+        async with Executor() as executor:
+            assert len(await executor.as_completed(fail, range(3))) == 3
+    finally:
+        logger.removeFilter(refuse)
+    assert len(told) == 3
+
+
+async def test_a_source_that_swallows_its_cancellation_is_not_pulled_on() -> None:
+    """After `max_errors` and after a shutdown it is asked for nothing more, and what it gave is `left`."""
+    given: list[int] = []
+
+    async def stubborn() -> AsyncIterator[int]:
+        for number in itertools.count():
+            given.append(number)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1)
+            yield number
+
+    async def fail(item: int) -> None:
+        raise ValueError(item)
+
+    async with Executor() as executor:
+        with pytest.raises(TooManyErrors):
+            await executor.as_completed(fail, stubborn(), max_errors=3)
+        assert len(given) < 10
+        given.clear()
+        stream = executor.as_completed(double, stubborn())
+        reader = asyncio.ensure_future(stream)
+        await asyncio.sleep(5)
+        await executor.shutdown()
+        with pytest.raises(ClosedError):
+            await reader
+        assert len(given) < 10
+        statistics = stream.statistics()
+        assert statistics.read == statistics.finished + statistics.left
+
+
+async def test_max_errors_stops_a_source_whose_items_all_fail_at_once() -> None:
+    """Also when the failures come out of the puller itself, as those of `key=` do."""
+    pulled: list[int] = []
+    async with Executor() as executor:
+        with pytest.raises(TooManyErrors):
+            await executor.as_completed(double, counted(pulled), key=lambda item: item // 0, max_errors=0)
+    assert len(pulled) == 1
+
+
+@pytest.mark.parametrize("raised", [StopAsyncIteration("oops"), asyncio.CancelledError("mine")])
+async def test_a_source_is_never_cut_off_in_silence(raised: BaseException) -> None:
+    """What would look like an end, or like a cancellation, is an error of the source."""
+
+    def source() -> Iterator[int]:
+        yield 1
+        raise raised
+
+    async with Executor() as executor:
+        with pytest.raises(UsageError, match="the source of the items raised"):
+            await executor.map(double, source())
+
+
+@pytest.mark.parametrize("raised", [ClosedError("the client was closed"), TooManyErrors(3, 9, 2)])
+async def test_a_run_raises_the_errors_of_its_source_whatever_they_are(raised: Exception) -> None:
+    """An error of penstock's own that comes out of the source is not an interruption of this run."""
+
+    def source() -> Iterator[int]:
+        yield 1
+        raise raised
+
+    async with Executor() as executor:
+        with pytest.raises(type(raised)) as caught:
+            await executor.run(double, source())
+    assert caught.value is raised
+
+
+async def test_a_source_in_a_thread_can_be_read_on_after_a_stream_was_left() -> None:
+    """It belongs to who made it: nothing of what it still holds is lost."""
+    with asyncio.get_running_loop().external_work():  # type: ignore[attr-defined]
+        source = pull_in_thread(range(300), buffersize=10)
+
+        async def same(item: int) -> int:
+            return item
+
+        async with Executor(limit=2) as executor:
+            async with executor.map(same, source, buffersize=2) as stream:
+                first = [await anext(stream) for _ in range(3)]
+                read = stream.statistics().read
+            rest = [item async for item in source]
+    assert first == [0, 1, 2]
+    assert rest[-1] == 299
+    assert len(rest) >= 300 - read - 2
+
+
+async def test_what_an_iterable_made_for_the_stream_is_closed_with_it() -> None:
+    """An object whose `__aiter__` is an async generator: the generator is the stream's, and its clean-up has run."""
+    closed = False
+
+    class Source:
+        async def __aiter__(self) -> AsyncIterator[int]:
+            nonlocal closed
+            try:
+                for number in itertools.count():
+                    yield number
+            finally:
+                await asyncio.sleep(1)
+                closed = True
+
+    async with Executor(limit=2) as executor, executor.map(double, Source()) as stream:
+        await anext(stream)
+        await stream.aclose()
+        assert closed
+
+
+async def test_a_clean_up_of_a_source_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The stream has ended for another reason; the error is not lost."""
+
+    class Source:
+        async def __aiter__(self) -> AsyncIterator[int]:
+            try:
+                for number in itertools.count():
+                    yield number
+            finally:
+                raise OSError("disk full")
+
+    async with Executor(limit=2) as executor, executor.map(double, Source()) as stream:
+        await anext(stream)
+    assert "disk full" in caplog.text
+
+
+async def test_a_closed_stream_delivers_nothing_more() -> None:
+    """Neither what was ready nor what ends while it is closed."""
+
+    async def slow_to_die(item: int) -> int:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1)
+        return item
+
+    async with Executor(limit=2) as executor:
+        stream = executor.as_completed(slow_to_die, itertools.count())
+        await anext(stream)
+        await stream.aclose()
+        with pytest.raises(ClosedError):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_a_dropped_stream_is_cancelled_also_where_warnings_are_errors() -> None:
+    """The clean-up comes before the warning."""
+    started: list[int] = []
+
+    async def job(item: int) -> int:
+        started.append(item)
+        await asyncio.sleep(1)
+        return item
+
+    async with Executor(limit=2) as executor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            stream = executor.map(job, itertools.count())
+            await anext(stream)
+            hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+            try:
+                del stream
+                gc.collect()
+            finally:
+                sys.unraisablehook = hook
+        await asyncio.sleep(0)  # a step that was on its way
+        await asyncio.sleep(0)
+        before = len(started)
+        await asyncio.sleep(20)
+        assert len(started) == before
+        assert executor.statistics().jobs == 0
+
+
+async def test_a_job_may_close_the_stream_that_it_belongs_to() -> None:
+    """It does not wait for itself: the others are cancelled, and it goes on."""
+    loop = asyncio.get_running_loop()
+    streams: list[Stream[Outcome[float]]] = []
+
+    async def job(item: int) -> float:
+        if item == 0:
+            await asyncio.sleep(1)
+            started = loop.time()
+            await streams[0].aclose()
+            return loop.time() - started
+        await asyncio.sleep(1_000)
+        return 0.0
+
+    async with Executor(limit=3) as executor:
+        streams.append(executor.as_completed(job, itertools.count()))
+        with pytest.raises(ClosedError):
+            await anext(streams[0])
+        await asyncio.sleep(10)
+        assert executor.statistics().ran.max < 2
+
+
+async def test_an_item_that_waits_for_a_slot_when_the_stream_is_left_is_counted_as_left() -> None:
+    """It was taken from the source, so it must be in the books."""
+
+    async def source() -> AsyncIterator[int]:
+        yield 1
+
+    async with Executor(limit=1) as executor:
+        executor.submit(double, 50)
+        stream = executor.map(double, source())
+        reader = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.5)
+        await stream.aclose()
+        with pytest.raises(ClosedError):
+            await reader
+        statistics = stream.statistics()
+        assert (statistics.read, statistics.finished, statistics.left) == (1, 0, 1)
+
+
+async def test_a_clean_up_of_a_source_that_hangs_is_waited_for_in_bounds() -> None:
+    """Leaving the stream goes on after some seconds."""
+    loop = asyncio.get_running_loop()
+
+    class Source:
+        async def __aiter__(self) -> AsyncIterator[int]:
+            try:
+                for number in itertools.count():
+                    yield number
+            finally:
+                await asyncio.sleep(1_000)
+
+    async with Executor(limit=2) as executor:
+        async with executor.map(double, Source()) as stream:
+            await anext(stream)
+            started = loop.time()
+        assert loop.time() - started <= 10

@@ -12,7 +12,7 @@ import pytest
 
 import penstock
 from penstock import AttemptTimeout, Executor, FailureKind, Gate, HttpStatusError, Retry, UsageError, WrongLoop
-from penstock.gate.gate import DEFAULT_LIMIT, MOST_IDLE_KEYS
+from penstock.gate.gate import DEFAULT_LIMIT, MOST_IDLE_KEYS, _FunctionCall
 from penstock.testing import VirtualClockLoop, act_at_every_step, cancel_at_every_step, run_in_virtual_time
 
 pytestmark = pytest.mark.virtual_clock
@@ -328,8 +328,41 @@ async def test_total_time_runs_out_during_a_pause() -> None:
     with pytest.raises(HttpStatusError, match="429") as refused:
         await gate.call(Script(throttled(100)))
     assert "after the end of Retry(timeout=)" in refused.value.__notes__[0]
+    loop = asyncio.get_running_loop()
+    asked = loop.time()
+    with pytest.raises(AttemptTimeout, match=r"gate 'g' is paused for \d+\.\d s"):
+        await gate.call(Script())
+    assert loop.time() == asked  # a wait that cannot end well is not begun
+
+
+async def test_an_attempt_that_could_only_start_too_late_is_not_made() -> None:
+    """A loop that lags may wake a retry after the end of its time; a permit that was taken for it goes back."""
+    gate = Gate("g", retry=Retry(timeout=5))
+    script = Script()
+    service = gate.service(None)
+    with pytest.raises(AttemptTimeout, match="could not start in time"):
+        await gate.begin(_FunctionCall(script, (), {}), service, asked=service.now() - 6)
+    assert (service.attempts, service.in_flight) == (0, 0)
+
+
+async def test_total_time_runs_out_when_a_pause_comes_while_waiting() -> None:
+    """The error tells how long the call has waited, and that the key is paused."""
+    gate = Gate("g", limit=1, retry=Retry(timeout=5))
+    first = asyncio.ensure_future(gate.call(Script(throttled(100), takes=1)))
+    await asyncio.sleep(0)
     with pytest.raises(AttemptTimeout, match=r"in 5 s, which is paused for another \d+\.\d s"):
         await gate.call(Script())
+    with pytest.raises(HttpStatusError, match="429"):
+        await first
+
+
+async def test_an_exception_that_is_raised_again_and_again_carries_one_account() -> None:
+    """A shared instance does not collect the notes of all calls that it ever ended."""
+    shared = ValueError("the same each time")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="the same"):
+            await Gate("g").call(Script(shared))
+    assert len(shared.__notes__) == 1
 
 
 # --- errors ---

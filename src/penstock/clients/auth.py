@@ -1,9 +1,11 @@
 """Headers that prove who asks, renewed once for all who wait."""
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TypeAlias
 
+from penstock.context import enter
 from penstock.errors import ClosedError, RoundTripError, UsageError
 
 Headers: TypeAlias = Mapping[str, str]
@@ -29,8 +31,12 @@ class RenewableAuth:
         self.headers: Headers | None = None
         self.generation = 0
 
-    async def renew(self, refused: int) -> None:
-        """Have headers newer than generation `refused`.
+    def outdated(self, refused: int) -> bool:
+        """Whether there are no headers newer than generation `refused`, or the function is being asked for newer ones."""
+        return refused == self.generation or self._renewing
+
+    async def renew(self) -> None:
+        """Have newer headers: ask for them, or wait with those who have asked.
 
         Raises:
             Exception: what the function raised; all who wait get it, and the next one asks again.
@@ -40,11 +46,8 @@ class RenewableAuth:
         task = asyncio.current_task()
         assert task is not None, "a coroutine of ours runs in a task"
         renewal = self._renewal
-        if renewal is None:
-            if refused != self.generation:
-                return
-            renewal = self._renewal = asyncio.get_running_loop().create_task(self._renew(), name="penstock-auth")
-            renewal.add_done_callback(_looked_at)
+        if renewal is None or not self._renewing:
+            renewal = self._renewal = self._begin()
         elif renewal is task:
             raise UsageError(
                 "the function given as auth= made a request with the client that waits for its headers. "
@@ -60,6 +63,21 @@ class RenewableAuth:
                 raise ClosedError("this HttpClient was closed while its auth= function was asked.") from None
             raise RoundTripError("the function given as auth= cancelled itself.") from None
 
+    @property
+    def _renewing(self) -> bool:
+        return self._renewal is not None and not self._renewal.done()
+
+    def _begin(self) -> "asyncio.Task[None]":
+        if self._closed:
+            raise ClosedError("this HttpClient has been closed; its auth= function is not asked any more.")
+        # The context of whoever happens to be first, but not as its job: what is done here is done for all.
+        context = contextvars.copy_context()
+        context.run(enter, None)
+        loop = asyncio.get_running_loop()
+        renewal = loop.create_task(self._renew(), name="penstock-auth", context=context)
+        renewal.add_done_callback(_looked_at)
+        return renewal
+
     async def close(self) -> None:
         """Cancel a renewal that is under way; one that does not end is abandoned after `PATIENCE`."""
         self._closed = True
@@ -68,17 +86,14 @@ class RenewableAuth:
             await asyncio.wait([self._renewal], timeout=PATIENCE)
 
     async def _renew(self) -> None:
-        try:
-            headers = await self._fetch()
-            if not isinstance(headers, Mapping):
-                raise UsageError(
-                    f"the function given as auth= returned {type(headers).__name__}, expected a mapping of headers, "
-                    f"such as {{'Authorization': 'Bearer ...'}}."
-                )
-            self.headers = dict(headers)
-            self.generation += 1
-        finally:
-            self._renewal = None
+        headers = await self._fetch()
+        if not isinstance(headers, Mapping):
+            raise UsageError(
+                f"the function given as auth= returned {type(headers).__name__}, expected a mapping of headers, "
+                f"such as {{'Authorization': 'Bearer ...'}}."
+            )
+        self.headers = dict(headers)
+        self.generation += 1
 
 
 def _looked_at(renewal: "asyncio.Task[None]") -> None:

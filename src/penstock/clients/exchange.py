@@ -6,6 +6,7 @@ The only module that turns aiohttp's exceptions into penstock's.
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Mapping
+from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
 import aiohttp
@@ -33,6 +34,9 @@ IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRAC
 ERROR_BODY_BYTES = 65_536
 """Read of a body that goes with an error, so that its connection can be used again. Arbitrary, because: a longer one
 costs more than a new connection."""
+
+ERROR_BODY_TIMEOUT = 1.0
+"""Seconds for it. Arbitrary, because: a status that asks for a pause must be heard while the attempt has time."""
 
 LONGEST_REASON = 200
 """Characters. aiohttp quotes what it cannot parse, all of it."""
@@ -82,7 +86,7 @@ class StreamedResponse:
         except aiohttp.ClientError as error:
             raise self._exchange.translated(error) from error
         except TimeoutError as error:
-            raise AttemptTimeout(f"{self._exchange}: nothing more of the body within {timeout:g} s") from error
+            raise AttemptTimeout(f"{self._exchange}: nothing more of the body within {timeout} s") from error
 
     def close(self) -> None:
         """Give the connection back if the body was read to its end, else close it."""
@@ -164,10 +168,10 @@ class Exchange(ABC, Generic[A]):
         return response
 
     async def _refusal(self, response: aiohttp.ClientResponse) -> HttpStatusError:
-        try:
-            body = await self.read(response, ERROR_BODY_BYTES) or b""
-        except ConnectionFailed:
-            body = b""  # the status is the news; that its body broke off as well changes nothing
+        body = b""  # the status is the news: that its body breaks off, or does not come, changes nothing
+        with suppress(ConnectionFailed, TimeoutError):
+            async with asyncio.timeout(ERROR_BODY_TIMEOUT):
+                body = await self.read(response, ERROR_BODY_BYTES) or b""
         headers = response.headers
         retry_after = parse_retry_after(headers.get("Retry-After"), date=headers.get("Date"), now=clock.wall())
         return HttpStatusError(response.status, self.method, masked(self.url), body[:BODY_START_BYTES], retry_after)

@@ -35,7 +35,7 @@ from penstock.clients.exchange import (
 )
 from penstock.clients.request import Body, Params, checked_base, encoded, is_ip_address, user_info, with_query, without
 from penstock.clients.response import JsonLoads, Response, masked, masked_text
-from penstock.errors import ClosedError, HttpStatusError, RoundTripError, UsageError, WrongLoop
+from penstock.errors import AttemptTimeout, ClosedError, HttpStatusError, RoundTripError, UsageError, WrongLoop
 from penstock.gate.gate import DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics, Service
@@ -314,9 +314,9 @@ class HttpClient:
 
     async def _send(self, exchange: Exchange[A]) -> tuple[A, Service]:
         """Send until there is a final answer; the permit that goes with it is still held."""
-        if exchange.auth is not None:
-            await exchange.auth.renew(0)
         asked = clock.now()
+        if exchange.auth is not None:
+            await self._renew(exchange, exchange.auth, 0, asked)
         redirects = 0
         renewed = False
         while True:
@@ -327,7 +327,7 @@ class HttpClient:
                 if error.status != 401 or exchange.auth is None or renewed:
                     raise
                 renewed = True
-                await exchange.auth.renew(exchange.generation)
+                await self._renew(exchange, exchange.auth, exchange.generation, asked)
                 continue
             if response.status not in _REDIRECTS or "Location" not in response.headers:
                 return response, service
@@ -337,6 +337,21 @@ class HttpClient:
             if redirects > MAX_REDIRECTS:
                 raise RoundTripError(f"{exchange}: redirected more than {MAX_REDIRECTS} times")
             self._redirect(exchange, response.status, response.headers["Location"])
+
+    async def _renew(self, exchange: Exchange[Any], auth: RenewableAuth, refused: int, asked: float) -> None:
+        """Have newer headers, within the time that the policy has for all of it."""
+        if not auth.outdated(refused):
+            return
+        timeout = self._gate.retry.timeout
+        try:
+            async with asyncio.timeout_at(None if timeout is None else asked + timeout) as scope:
+                await auth.renew()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise AttemptTimeout(
+                f"{exchange}: the function given as auth= gave no headers before the end of Retry(timeout={timeout:g})"
+            ) from error
 
     def _redirect(self, exchange: Exchange[Any], status: int, location: str) -> None:
         """Turn the exchange to where the server points (RFC 9110 15.4); no credentials follow to another origin."""

@@ -12,7 +12,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -29,8 +29,9 @@ from penstock.executor.slots import Holder
 from penstock.executor.sources import Items, check_items, side_by_side
 from penstock.executor.statistics import ExecutorStatistics
 from penstock.executor.stream import Stream
+from penstock.gate.retry import check_timeout
 from penstock.outcome import Outcome
-from penstock.report import INTERRUPTED, TOO_MANY_ERRORS, Report, Tally
+from penstock.report import INTERRUPTED, Report, Tally
 from penstock.threads.lane import Lane
 
 T = TypeVar("T")
@@ -310,6 +311,11 @@ class Executor:
         """
         jobs = self._opened()
         self._check_loop("shutdown")
+        if wait and timeout is None and self._lender() is not None:
+            raise UsageError(
+                "a job asked its own executor for a shutdown that waits for all jobs, itself among them. "
+                "Write `await executor.shutdown(wait=False)`, or give it a timeout=."
+            )
         self._draining = True
         for feed in [feed for feed in self._feeds if not feed.nested]:
             feed.stop(ClosedError("the executor was shut down before the source was read to its end"))
@@ -341,9 +347,14 @@ class Executor:
     async def _feeds_over(self) -> None:
         """Wait for the pullers, which end as soon as they are cancelled unless their source does not let them."""
         for feed in list(self._feeds):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE):
-                    await feed.over.wait()
+            feed.cancel()  # also a stream of a job's own that something has kept alive
+        waits = [asyncio.ensure_future(feed.over.wait()) for feed in self._feeds]
+        try:
+            if waits:
+                await asyncio.wait(waits, timeout=PATIENCE)
+        finally:
+            for wait in waits:
+                wait.cancel()
 
     def _close(self) -> None:
         self._closed = True
@@ -357,8 +368,7 @@ class Executor:
     ) -> Callable[[], Feed]:  # fmt: skip
         self._ready_for(call, fn)
         window = _at_least_one("buffersize", buffersize, 2 * self._limit)
-        if timeout is not None and timeout <= 0:
-            raise UsageError(f"timeout={timeout!r}: expected seconds above 0, or None for no limit.")
+        check_timeout(f"timeout={timeout!r}", timeout)
 
         def start() -> Feed:
             jobs = self._ready_for(call, fn)
@@ -376,7 +386,7 @@ class Executor:
     def _lender(self) -> Holder | None:
         """The current job, if it is one of ours: its children may run on its slot."""
         job = current_job()
-        return job if isinstance(job, Holder) and job.host is self else None
+        return job if isinstance(job, Holder) and job.host is self and job.holds else None
 
     def _as_async(self, fn: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         """`fn` itself, or a call of it in a thread."""
@@ -431,10 +441,10 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
         try:
             async for outcome in stream:
                 tally.add(outcome)
-        except TooManyErrors:
-            stopped = TOO_MANY_ERRORS
-        except ClosedError:
-            stopped = INTERRUPTED
+        except (TooManyErrors, ClosedError):
+            stopped = stream.verdict
+            if stopped is None:  # the source's own
+                raise
         counts = stream.statistics()
     return tally.report(
         read=counts.read, left=counts.left, stopped=stopped, elapsed=asyncio.get_running_loop().time() - started
@@ -445,7 +455,8 @@ def _check_max_errors(max_errors: float | None) -> None:
     if max_errors is None:
         return
     share = isinstance(max_errors, float)
-    if isinstance(max_errors, bool) or not max_errors >= 0 or (share and max_errors >= 1):
+    number = isinstance(max_errors, int | float) and not isinstance(max_errors, bool)
+    if not number or not max_errors >= 0 or (share and max_errors >= 1):
         raise UsageError(
             f"max_errors={max_errors!r}: expected a count (int) of at least 0, or a share (float) from 0 to below 1."
         )

@@ -4,18 +4,19 @@ A million records that fail for one reason must not write a million tracebacks, 
 """
 
 import logging
+import os
 import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from penstock.errors import first_line
+from penstock.errors import first_line, status_of
 from penstock.outcome import FailureKind, Outcome
 
 logger = logging.getLogger("penstock.jobs")
 
 IN_FULL = 3
 """Arbitrary, because: one traceback shows the place, three messages show whether it depends on the record."""
-HERE = str(Path(__file__).parent.parent)
+HERE = str(Path(__file__).parent.parent) + os.sep
 """The folder of the package, whose own frames say nothing about the user's program."""
 
 
@@ -23,7 +24,7 @@ class Place(NamedTuple):
     """What a failure has in common with its repeats."""
 
     error: type[BaseException]
-    status: object
+    status: int | None
     file: str
     line: int
 
@@ -76,7 +77,7 @@ def _place(error: BaseException) -> Place:
         innermost = frame.f_code.co_filename, line
         if not innermost[0].startswith(HERE):
             own = innermost
-    return Place(type(error), getattr(error, "status", None), *(own or innermost or ("?", 0)))
+    return Place(type(error), status_of(error), *(own or innermost or ("?", 0)))
 
 
 def _is_power_of_ten(count: int) -> bool:

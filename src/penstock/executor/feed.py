@@ -17,16 +17,21 @@ delivered first. Loop thread only.
 """
 
 import asyncio
+import logging
+import reprlib
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from penstock.context import current_job
 from penstock.errors import ClosedError, TooManyErrors, UsageError
 from penstock.executor.active import ActiveJob
 from penstock.executor.running import PATIENCE, RunningJobs
 from penstock.outcome import Outcome, contained
-from penstock.threads.pull import ThreadSource
+from penstock.report import INTERRUPTED, TOO_MANY_ERRORS
+
+sources = logging.getLogger("penstock.sources")
 
 MINIMUM_SAMPLE = 100
 """Finished jobs before a share is judged. Arbitrary, because: resilience4j and Polly judge from 100 calls on too."""
@@ -62,6 +67,8 @@ class Feed:
         self.ready: deque[Outcome[Any]] = deque()
         self.stopped: BaseException | None = None
         """Why the source was not read to its end: its own error, too many errors, or that we were told to stop."""
+        self.verdict: str | None = None
+        """The same as a report says it; None for an error of the source's own."""
         self.over = asyncio.Event()
         """Set when nothing of this feed runs any more."""
         self._running = running
@@ -73,6 +80,7 @@ class Feed:
         self._max_errors = max_errors
         self._in_order: deque[ActiveJob] | None = deque() if ordered else None
         self._on_over = on_over
+        self._closed = False
         self._gave_up = False
         self._undelivered = 0
         self._reader: asyncio.Future[None] | None = None
@@ -112,13 +120,13 @@ class Feed:
     def stop(self, why: BaseException) -> None:
         """Take no more items; what is in flight goes on. `why` is raised to the reader after everything else."""
         if self._puller is not None:
-            self._end_early(why)
+            self._end_early(why, INTERRUPTED)
 
     def cancel(self) -> None:
         """Take no more items and cancel what is in flight."""
         self.stop(ClosedError("the stream was closed before its source was read to its end"))
-        if self.in_flight and self.stopped is None:
-            self.stopped = ClosedError("the stream was closed before all of its jobs had ended")
+        if self.in_flight:
+            self._end_early(ClosedError("the stream was closed before all of its jobs had ended"), INTERRUPTED)
         self._running.cancel(self._is_mine)
 
     async def close(self) -> None:
@@ -126,6 +134,7 @@ class Feed:
 
         The wait is bounded: jobs that still run after `PATIENCE` seconds are named in the log and abandoned.
         """
+        self._closed = True
         self.ready.clear()
         while self._in_order:
             self._in_order.popleft().result = None
@@ -136,6 +145,9 @@ class Feed:
         if not await self._running.wait(PATIENCE, self._is_mine):
             self._running.complain(self._is_mine)
             self.give_up()
+        job = current_job()
+        if isinstance(job, ActiveJob) and job.receiver is self:
+            return  # it closes the stream that it belongs to, which is over only after it
         with suppress(TimeoutError):  # a source that does not let go of its puller
             async with asyncio.timeout_at(deadline):
                 await self.over.wait()
@@ -153,16 +165,24 @@ class Feed:
     async def _pull(self, source: Iterable[Any] | AsyncIterable[Any]) -> None:
         try:
             if isinstance(source, AsyncIterable):
-                await self._pull_async(aiter(source))
+                await self._pull_async(source)
             else:
                 await self._pull_sync(iter(source))
-        except SystemExit as error:
+        except BaseException as error:
+            ours = isinstance(error, asyncio.CancelledError) and _is_cancelled()
+            if ours or isinstance(error, KeyboardInterrupt | GeneratorExit):
+                raise
             harmless = contained(error, "the source of the items")
-            raise harmless from error
+            try:
+                if harmless is error:
+                    raise
+                raise harmless from harmless.__cause__
+            finally:
+                del harmless  # its traceback holds this frame: a cycle
 
     async def _pull_sync(self, iterator: Iterator[Any]) -> None:
         slots = self._running.slots
-        while True:
+        while self.stopped is None:
             if self._undelivered >= self._window:
                 await self._wait_for_room()
             job = self._new_job((), self._timeout, self)
@@ -179,26 +199,35 @@ class Feed:
             self.read += 1
             self._start(job, item)
 
-    async def _pull_async(self, iterator: AsyncIterator[Any]) -> None:
-        slots = self._running.slots
+    async def _pull_async(self, source: AsyncIterable[Any]) -> None:
+        iterator = aiter(source)
         try:
-            while True:
-                if self._undelivered >= self._window:
-                    await self._wait_for_room()
-                item = await anext(iterator, _END)
-                if item is _END:
-                    return
-                self.read += 1
-                job = self._new_job((), self._timeout, self)
-                try:
-                    await slots.take(job)
-                except asyncio.CancelledError:
-                    self.left += 1
-                    raise
-                self._start(job, item)
+            await self._pull_from(iterator)
         finally:
-            if isinstance(iterator, ThreadSource):
-                iterator.stop()
+            if iterator is not source and isinstance(iterator, AsyncGenerator):  # made for us: nobody else closes it
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE):
+                        await iterator.aclose()
+
+    async def _pull_from(self, iterator: AsyncIterator[Any]) -> None:
+        while self.stopped is None:
+            if self._undelivered >= self._window:
+                await self._wait_for_room()
+            item = await anext(iterator, _END)
+            if item is _END:
+                return
+            self.read += 1
+            job = self._new_job((), self._timeout, self)
+            try:
+                await self._running.slots.take(job)
+            except asyncio.CancelledError:
+                self.left += 1
+                raise
+            if self.stopped is not None:  # a source may swallow its cancellation; it is not asked for more
+                self._running.slots.give_back(job)
+                self.left += 1
+                return
+            self._start(job, item)
 
     async def _wait_for_room(self) -> None:
         self._room = self._loop.create_future()
@@ -211,25 +240,28 @@ class Feed:
         job.input = item
         job.number = self.read
         job.args = item if self._spread else (item,)
+        refusal = None if self._key is None else self._set_key(job, self._key)
         self._undelivered += 1
         self.in_flight += 1
         if self._in_order is not None:
             self._in_order.append(job)
-        if self._key is not None:
-            try:
-                job.key = self._key(item)
-            except Exception as error:  # noqa: BLE001  # it becomes the outcome of the item
-                self._refuse(job, error)
-                return
-        self._running.start(job)
+        if refusal is None:
+            self._running.start(job)
+        else:
+            self._running.refuse(job, refusal)
 
-    def _refuse(self, job: ActiveJob, error: Exception) -> None:
-        refusal = UsageError(
-            f"key= raised {error!r} for item {job.input!r:.200}. It must return the key of every item; "
-            f"this item was not given to the job."
-        )
-        refusal.__cause__ = error
-        self._running.refuse(job, refusal)
+    def _set_key(self, job: ActiveJob, key: Callable[[Any], Any]) -> UsageError | None:
+        """Ask for the item's key; why the job cannot start if there is none."""
+        try:
+            job.key = key(job.input)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001  # the outcome of the item
+            refusal = UsageError(
+                f"key= raised {reprlib.repr(error)} for item {reprlib.repr(job.input)}. It must return the key of "
+                f"every item; this item was not given to the job."
+            )
+            refusal.__cause__ = error
+            return refusal
+        return None
 
     def job_ended(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         """Take the outcome of a job of this feed; None if it was cancelled from outside."""
@@ -238,12 +270,17 @@ class Feed:
         self.in_flight -= 1
         if outcome is None:
             self.left += 1
+            if not job.cancelled:
+                why = ClosedError(f"{job!r} was cancelled by something else than its job, stream or executor")
+                self._end_early(why, INTERRUPTED)
         else:
             self.finished += 1
             if outcome.kind is not None:
                 self.failed += 1
                 self._judge()
-        if self._in_order is not None:
+        if self._closed:
+            pass  # nobody reads it
+        elif self._in_order is not None:
             self._deliver_in_order(self._in_order, job, outcome)
         else:
             self._deliver(outcome)
@@ -259,14 +296,10 @@ class Feed:
             settled.result = None  # an error's traceback holds the job: a cycle
 
     def _deliver(self, outcome: Outcome[Any] | None) -> None:
-        if outcome is not None:
+        if outcome is not None:  # else it was cancelled, and so is the pull: no need to make room
             self.ready.append(outcome)
             if self._reader is not None:
                 _wake(self._reader)
-            return
-        self._undelivered -= 1
-        if self._room is not None:
-            _wake(self._room)
 
     def _judge(self) -> None:
         allowed = self._max_errors
@@ -278,22 +311,26 @@ class Feed:
             allowed *= self.finished
         if self.failed > allowed:
             assert self._max_errors is not None
-            self._end_early(TooManyErrors(self.failed, self.finished, self._max_errors))
+            self._end_early(TooManyErrors(self.failed, self.finished, self._max_errors), TOO_MANY_ERRORS)
 
-    def _end_early(self, why: BaseException) -> None:
+    def _end_early(self, why: BaseException, verdict: str | None) -> None:
         if self.stopped is None:
             self.stopped = why
+            self.verdict = verdict
             if self._puller is not None:
                 self._puller.cancel()
 
     def _pulled(self, puller: "asyncio.Task[None]") -> None:
         self._puller = None  # its traceback would hold the source
-        if not puller.cancelled():
-            if (error := puller.exception()) is not None:
-                self._end_early(error)
-        elif self.stopped is None:  # by somebody else, who cancels every task of the loop
-            self._end_early(ClosedError("the task that reads the source was cancelled"))
-            self.cancel()
+        if puller.cancelled():
+            if self.stopped is None:  # by somebody else, who cancels every task of the loop
+                self._end_early(ClosedError("the task that reads the source was cancelled"), INTERRUPTED)
+                self.cancel()
+        elif (error := puller.exception()) is not None:
+            if self.stopped is None:
+                self._end_early(error, None)
+            else:
+                sources.error("the source of a stream failed as it was left", exc_info=error)
         if not self.in_flight:
             self._end()
 
@@ -302,6 +339,12 @@ class Feed:
         self._on_over(self)
         if self._reader is not None:
             _wake(self._reader)
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled the current task, so that a CancelledError is not of the user's own making."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

@@ -58,7 +58,7 @@ class RunningJobs:
 
     def start(self, job: ActiveJob) -> None:
         """Run a stream's job, which has its slot, in a task and a context of its own."""
-        self._tasks[job] = None
+        self._tasks[job] = None  # before the task: an eager one may end within the next line
         task = self._loop.create_task(self._perform(job), name=job.name)
         if job in self._tasks:  # pragma: no branch  # an eager task factory (3.12) may have run it to its end
             self._tasks[job] = task
@@ -70,6 +70,8 @@ class RunningJobs:
         if job in self._tasks:  # pragma: no branch  # as above
             self._tasks[job] = task
             task.add_done_callback(lambda done: self._settle(job, done))
+        else:  # pragma: no cover  # as above
+            task.add_done_callback(_retrieve)
         return task
 
     def refuse(self, job: ActiveJob, error: Exception) -> None:
@@ -146,12 +148,14 @@ class RunningJobs:
             task.add_done_callback(_retrieve)  # it comes out of the loop, where nobody can overlook it
             raise
         except asyncio.CancelledError as error:
-            if job.cancelled or job.receiver is None:
+            task = asyncio.current_task()
+            assert task is not None, "this is the body of a task"
+            if job.cancelled or job.receiver is None or task.cancelling():
                 self._end(job, None)
                 raise
             self._end(job, job.failed(error, self._now()))
         except BaseException as error:  # noqa: BLE001  # all of them end the job, and none may end the loop
-            harmless = contained(error, repr(job))
+            harmless = contained(error, job)
             try:
                 self._end(job, job.failed(harmless, self._now()))
                 if job.receiver is None:
@@ -177,19 +181,27 @@ class RunningJobs:
         del self._tasks[job]
         if job.holds:
             self.slots.give_back(job)
+        try:
+            self._account(job, outcome)
+        except Exception as error:  # noqa: BLE001  # a filter of the user's logging, for example; the outcome must arrive
+            self._loop.call_exception_handler({"message": f"{job!r} could not be logged", "exception": error})
+        finally:
+            if job.receiver is not None:
+                job.receiver.job_ended(job, outcome)
+            job.forget()
+
+    def _account(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         if outcome is None:
             self.cancelled += 1
-        elif outcome.kind is None:
+            return
+        if outcome.kind is None:
             self.done += 1
             self.ran.record(outcome.ran)
         else:
             self.failed[outcome.kind] = self.failed.get(outcome.kind, 0) + 1
             self._log.write(job, outcome)
-        if self._instruments and outcome is not None:
+        if self._instruments:
             self._tell(JobEnded(outcome))
-        if job.receiver is not None:
-            job.receiver.job_ended(job, outcome)
-        job.forget()
 
     def _tell(self, event: JobEnded) -> None:
         for instrument in tuple(self._instruments):

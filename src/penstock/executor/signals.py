@@ -8,6 +8,7 @@ program has a handler of its own, and outside the main thread, nothing is taken.
 """
 
 import asyncio
+import contextvars
 import logging
 import signal
 import threading
@@ -62,7 +63,9 @@ class Interrupts:
             )
             shutdowns.append(loop.create_task(executor.shutdown(wait=now, timeout=0.0)))
 
-        self._post = lambda: loop.call_soon_threadsafe(shut_down)
+        # In the context of here: the signal may come in the middle of a job, whose context is not ours to act in.
+        context = contextvars.copy_context()
+        self._post = lambda: loop.call_soon_threadsafe(shut_down, context=context)
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ ancestor that still runs. Loop thread only.
 import asyncio
 
 from penstock.context import RunningJob
-from penstock.permits import PermitQueue
+from penstock.permits import PermitQueue, take_first
 
 
 class Holder(RunningJob):
@@ -59,7 +59,7 @@ class Slots:
                 return
             if lender.loan is None:
                 lender.loan = PermitQueue(self._loop, 1)
-            if lender.loan.take_nowait() or await _first_of(self._free, lender.loan) is lender.loan:
+            if lender.loan.take_nowait() or await take_first(self._loop, self._free, lender.loan) is lender.loan:
                 if self._borrow(job, lender, lender.loan):
                     return
             else:
@@ -96,19 +96,3 @@ class Slots:
         job.lender = lender
         job.holds = True
         return True
-
-
-async def _first_of(*queues: PermitQueue) -> PermitQueue:
-    """Take a permit of exactly one of the queues, whichever has one first."""
-    waits = {asyncio.ensure_future(queue.take()): queue for queue in queues}
-    won: PermitQueue | None = None
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        won = next(queue for wait, queue in waits.items() if wait.done())
-    finally:
-        for wait, queue in waits.items():
-            if not wait.done():
-                wait.cancel()  # a queue hands on what a cancelled wait was granted in the same tick
-            elif queue is not won:
-                queue.give_back()
-    return won

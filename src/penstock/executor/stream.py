@@ -31,7 +31,9 @@ class Stream(Generic[T]):
     garbage collector does so, with a `ResourceWarning`.
 
     Iteration is lazy and bounded: at most `buffersize` items have been taken from the source and not yet been read
-    here, so a slow reader slows the pull. Awaiting collects everything, so its memory grows with the results.
+    here, so a slow reader slows the pull. Awaiting collects everything, so its memory grows with the results. As with
+    `for`, a generator that was handed over is not closed when the stream ends early: what it still holds can be read
+    on, and an async one with something to clean up is closed by whoever made it (`contextlib.aclosing`).
 
     **Cancellation** of the reader under `async with` or `await` cancels the jobs in flight. **Threads**: loop thread
     only, one reading task at a time.
@@ -77,7 +79,13 @@ class Stream(Generic[T]):
         while not feed.ready:
             if feed.over.is_set():
                 self._closed = True
-                raise StopAsyncIteration if feed.stopped is None else feed.stopped
+                if feed.stopped is None:
+                    raise StopAsyncIteration
+                why, feed.stopped = feed.stopped, None
+                try:
+                    raise why
+                finally:
+                    del why  # its traceback holds this frame: a cycle
             await feed.wait()
         return feed
 
@@ -96,6 +104,11 @@ class Stream(Generic[T]):
         if self._feed is not None:
             await self._feed.close()
 
+    @property
+    def verdict(self) -> str | None:
+        """Why the stream took no more items, as a report says it; None at the end of the source, or for its error."""
+        return None if self._feed is None else self._feed.verdict
+
     def statistics(self) -> StreamStatistics:
         """How far it is."""
         feed = self._feed
@@ -111,15 +124,15 @@ class Stream(Generic[T]):
             return
         if self._feed.over.is_set():
             return
-        warnings.warn(
+        with suppress(RuntimeError):  # the loop is closed, and with it everything that ran
+            self._loop.call_soon_threadsafe(self._feed.cancel)
+        warnings.warn(  # last, since it may be an error
             "a stream was dropped before its end. Write `async with executor.map(...) as stream:` around the loop, "
             "so that `break` leaves nothing behind.",
             ResourceWarning,
             stacklevel=2,
             source=self,
         )
-        with suppress(RuntimeError):  # the loop is closed, and with it everything that ran
-            self._loop.call_soon_threadsafe(self._feed.cancel)
 
     async def _all(self) -> list[T]:
         if self._closed:

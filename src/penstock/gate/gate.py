@@ -230,16 +230,20 @@ class Gate:
             if deadline is None or now + starts_in < deadline:
                 return decision
             decision = f"the next attempt would start in {starts_in:.1f} s, after the end of Retry(timeout=)"
-        failure.add_note(self._account(decision, history))
+        self._annotate(failure, decision, history)
         return None
 
     def _too_late(self, trip: RoundTrip[Any], what: str, history: list[str]) -> AttemptTimeout:
         late = AttemptTimeout(f"{trip}: {what}")
-        late.add_note(self._account(f"Retry(timeout={self._policy.timeout:g}) was over", history))
+        self._annotate(late, f"Retry(timeout={self._policy.timeout:g}) was over", history)
         return late
 
-    def _account(self, why: str, history: list[str]) -> str:
-        return "\n  ".join([f"gate {self.name!r} gave up: {why}", *history])
+    def _annotate(self, error: Exception, why: str, history: list[str]) -> None:
+        """Attach the account of all attempts, in the place of an earlier one: an exception may be raised many times."""
+        start = f"gate {self.name!r} gave up: "
+        notes: list[str] = getattr(error, "__notes__", [])
+        notes[:] = [note for note in notes if not note.startswith(start)]
+        error.add_note("\n  ".join([start + why, *history]))
 
     async def _attempt(self, trip: RoundTrip[T], started: float, deadline: float | None) -> T:
         """One attempt within its time: the gate's timeout, or what is left of `Retry(timeout=)` if that is less."""
@@ -279,6 +283,8 @@ class Gate:
         history: list[str],
     ) -> None:
         asked = service.now()
+        if deadline is not None and asked + service.paused_for >= deadline:
+            raise self._too_late(trip, f"gate {self.name!r} is paused for {service.paused_for:.1f} s", history)
         try:
             async with asyncio.timeout_at(deadline):
                 await service.take(again=bool(history))

@@ -10,22 +10,24 @@ import math
 import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from tenacity import AsyncRetrying, Future, RetryCallState, retry_all, retry_any, retry_base, stop_after_attempt
 from tenacity.retry import retry_if_not_result, retry_if_result
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base, wait_fixed
 
-from penstock.errors import UsageError
+from penstock.errors import UsageError, status_of
 from penstock.outcome import FailureKind, classify
 
+Kind: TypeAlias = FailureKind | Literal["throttled", "transient", "permanent", "bug"]
+
 On: TypeAlias = (
-    FailureKind
+    Kind
     | type[Exception]
     | int
     | Callable[[BaseException], bool]
-    | Collection[FailureKind | type[Exception] | int | Callable[[BaseException], bool]]
+    | Collection[Kind | type[Exception] | int | Callable[[BaseException], bool]]
     | retry_base
 )
 """What may be retried: kinds, classes of exceptions, HTTP statuses, predicates, or a tenacity `retry`."""
@@ -203,7 +205,7 @@ def _matches(on: Any, error: BaseException) -> bool:
     if isinstance(on, type):
         return isinstance(error, on)
     if isinstance(on, int):
-        return bool(getattr(error, "status", None) == on)
+        return status_of(error) == on
     if isinstance(on, Collection):
         return any(_matches(part, error) for part in on)
     return bool(on(error))

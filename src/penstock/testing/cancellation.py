@@ -69,7 +69,10 @@ def cancel_at_every_step(
                     for _ in range(3):
                         group.create_task(gate.call(asyncio.sleep, 1))
 
-            cancel_at_every_step(scenario, arrange=lambda: Gate("x", limit=2), check=lambda gate: gate.in_flight == 0)
+            def check(gate):
+                return all(key.in_flight == 0 for key in gate.statistics().values())
+
+            cancel_at_every_step(scenario, arrange=lambda: Gate("x", limit=2), check=check)
 
     Args:
         scenario: an async function, called anew for each run.
