@@ -116,7 +116,7 @@ def test_a_report_is_printed_as_a_summary() -> None:
         "read 3 = done 0 + failed 1 + left 2, 1 permanent",
         "0.5 s, 2 jobs/s, 3 attempts",
         "stopped early: interrupted",
-        "1 x ValueError: bad (first: key='k')",
+        "1 x ValueError: bad (first: 'k')",
     ]
     assert "0 jobs/s" in str(Tally().report(read=0, left=0, stopped=None, elapsed=0.0))
 

@@ -279,8 +279,8 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "penstock.run"]
 
 
-FIRST = "interrupted: what is in flight is finished; Ctrl-C once more cancels it"
-SECOND = "interrupted: what is in flight is cancelled; Ctrl-C once more leaves at once"
+FIRST = "interrupted: finishing what is in flight; Ctrl-C again cancels it"
+SECOND = "interrupted: cancelling what is in flight; Ctrl-C again ends the program"
 
 
 def test_one_interrupt_drains(caplog: pytest.LogCaptureFixture) -> None:
@@ -612,3 +612,19 @@ report = penstock.run(job, [1])
     assert script.ended() == -signal.SIGINT
     assert presses >= 3
     assert script.lines[-1] == "KeyboardInterrupt"
+
+
+def test_the_progress_line_is_kept_alive_while_no_job_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that waits must not look frozen: the line is written by the clock, too."""
+    monkeypatch.setattr("penstock.instruments.progress.IN_A_FILE", 0.01)
+    seen: list[str] = []
+
+    async def wait_for_the_line(_item: int) -> None:
+        while not seen:
+            await asyncio.sleep(0.01)
+            seen.extend(capsys.readouterr().err.splitlines())
+
+    penstock.run(wait_for_the_line, [1, 2], progress=True)
+    assert seen[0].startswith("0 of 2 jobs, 0 failed")

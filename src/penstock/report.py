@@ -1,6 +1,7 @@
 """The result of a whole run: a record that can be checked."""
 
 import re
+import reprlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ class Cause:
     """Class and first line of the message, as of the first such failure."""
     count: int
     example_key: Any
-    """Key of the first item that failed so."""
+    """Key of the first item that failed so; without `key=`, the item as text, shortened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Report:
         ]
         if self.stopped is not None:
             lines.append(f"stopped early: {self.stopped}")
-        lines += [f"{cause.count:,} x {cause.error} (first: key={cause.example_key!r:.80})" for cause in self.causes]
+        lines += [f"{cause.count:,} x {cause.error} (first: {cause.example_key!r:.80})" for cause in self.causes]
         return "\n".join(lines)
 
     def verify(self) -> None:
@@ -112,7 +113,8 @@ class Tally:
         if known is not None:
             self._causes[reason] = replace(known, count=known.count + 1)
         elif len(self._causes) < KNOWN_CAUSES:
-            self._causes[reason] = Cause(outcome.kind, first_line(outcome.error), 1, outcome.key)
+            example = reprlib.repr(outcome.input) if outcome.key is None else outcome.key
+            self._causes[reason] = Cause(outcome.kind, first_line(outcome.error), 1, example)
 
     def report(self, *, read: int, left: int, stopped: str | None, elapsed: float) -> Report:
         """Close the books. `read` and `left` are counted where items are taken, not derived from the counts here."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterable, Callable, Iterable, Sequence, Sized
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence, Sized
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from penstock.errors import UsageError
@@ -29,7 +30,8 @@ def run(
 ) -> Report:
     """Run a job over all items on an event loop of its own, and report what became of them.
 
-    Blocks until the run has ended. Ctrl-C drains: no more items are taken, what is in flight is finished, the report
+    Blocks until the run has ended. What the job returns is dropped: write results in the job, or read
+    `Executor.as_completed`. Ctrl-C drains: no more items are taken, what is in flight is finished, the report
     says that it was interrupted. A second Ctrl-C cancels what is in flight, a third one raises `KeyboardInterrupt`,
     even from a job that blocks the loop. Outside the main thread, and where the program has a SIGINT handler of its
     own, signals are left alone.
@@ -54,7 +56,11 @@ def run(
     listening = [*instruments, line] if line is not None else list(instruments)
 
     async def main() -> Report:
-        async with Executor(limit=limit, instruments=listening) as executor, interrupts.shut_down(executor):
+        async with (
+            _refreshed(line),
+            Executor(limit=limit, instruments=listening) as executor,
+            interrupts.shut_down(executor),
+        ):
             return await executor.run(job, items, key=key, timeout=timeout, max_errors=max_errors)
 
     interrupts = Interrupts()
@@ -64,6 +70,26 @@ def run(
     finally:
         if line is not None:
             line.close()
+
+
+@asynccontextmanager
+async def _refreshed(line: ProgressLine | None) -> AsyncIterator[None]:
+    """While the block runs, keep the line alive though no job may end for a while."""
+
+    async def refresh(line: ProgressLine) -> None:
+        while True:
+            await asyncio.sleep(line.pause)
+            line.refresh()
+
+    if line is None:
+        yield
+        return
+    refreshing = asyncio.get_running_loop().create_task(refresh(line))
+    try:
+        yield
+    finally:
+        refreshing.cancel()
+        await asyncio.wait([refreshing])
 
 
 def _refuse_a_running_loop() -> None:

@@ -804,6 +804,8 @@ def test_a_client_that_cannot_work_is_refused_where_it_is_made(options: Any, mes
         ({"json": 1, "data": b""}, "found both json= and data=, expected one body"),
         ({"json": {1, 2}}, "json=set: cannot be written as JSON: Object of type set"),
         ({"data": [1]}, "data=list: expected bytes, text or a mapping"),
+        ({"data": {"a": 1, "b": None}}, "data={'b': None}: expected text or numbers, or lists of them"),
+        ({"data": {"a": [1, True]}}, "data={'a': .1, True.}: expected text or numbers"),
         ({"data": open}, "a stream or a file has to be read first"),
         ({"params": {"b": 1, "a": None}}, "params={'a': None}: expected text or numbers, or lists of them"),
         ({"params": {"a": float("nan")}}, "params={'a': nan}: expected text or numbers"),
@@ -886,3 +888,10 @@ async def test_every_error_of_the_client_is_an_error_of_the_tree(web: Web) -> No
                 await api.get_json("/x")
             assert web.in_use(api) == 0, number
             assert api.statistics()[server.url].in_flight == 0, number
+
+
+async def test_a_form_repeats_the_names_of_lists(web: Web) -> None:
+    """As every other client does."""
+    async with web.serving(web.reply()) as server, HttpClient(server.url) as api:
+        await api.post("/x", data={"a": ["1", 2], "b": "x y"})
+    assert server.requests[0].body == b"a=1&a=2&b=x+y"

@@ -127,7 +127,7 @@ def test_after_that_every_power_of_ten_is_told_as_a_count(records: list[logging.
     counts = records[IN_FULL:]
     place = f"{__file__}:{here.__code__.co_firstlineno + 1}"
     assert [record.getMessage() for record in counts] == [
-        f"<job score> failed: ValueError at {place} for the {count}. time" for count in (10, 100, 1_000, 10_000)
+        f"<job score> failed: ValueError at {place} for the {count}th time" for count in (10, 100, 1_000, 10_000)
     ]
     assert all(record.exc_info is None for record in counts)
 
@@ -140,7 +140,7 @@ def test_failures_are_told_apart_by_class_and_line(records: list[logging.LogReco
         write(log, error)
         assert records[-1].exc_info is not None
     write(log, raised(here))
-    assert records[-1].getMessage().endswith("for the 10. time")
+    assert records[-1].getMessage().endswith("for the 10th time")
 
 
 @pytest.mark.parametrize("kind", list(FailureKind))
@@ -155,7 +155,7 @@ def test_a_bug_is_an_error_and_all_else_a_warning(kind: FailureKind, records: li
 
 def test_an_error_that_was_never_raised_has_no_place(records: list[logging.LogRecord]) -> None:
     write(FailureLog(), ValueError("made by hand"), times=10)
-    assert records[-1].getMessage() == "<job score> failed: ValueError at ?:0 for the 10. time"
+    assert records[-1].getMessage() == "<job score> failed: ValueError at ?:0 for the 10th time"
 
 
 def test_places_beyond_a_thousand_are_counted_together(records: list[logging.LogRecord]) -> None:
@@ -170,10 +170,10 @@ def test_places_beyond_a_thousand_are_counted_together(records: list[logging.Log
     for line in range(KNOWN_PLACES + 1, KNOWN_PLACES + 1001):
         write(log, raised(raising_at(line)))
     assert [record.exc_info is not None for record in records] == [True] + [False] * 5
-    assert records[-1].getMessage().endswith("something from one of more than 1,000 places for the 1000. time")
+    assert records[-1].getMessage().endswith("something from one of more than 1,000 places for the 1000th time")
     assert len(log._seen) == KNOWN_PLACES + 1
     write(log, first, times=9)
-    assert records[-1].getMessage() == "<job score> failed: ValueError at generated.py:1 for the 10. time"
+    assert records[-1].getMessage() == "<job score> failed: ValueError at generated.py:1 for the 10th time"
 
 
 @pytest.mark.virtual_clock

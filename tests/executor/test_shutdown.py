@@ -273,3 +273,32 @@ async def test_a_stream_that_a_failed_job_kept_alive_ends_with_the_executor() ->
         started = loop.time()
     assert loop.time() - started < 3
     assert len(outcomes) == 1
+
+
+async def test_a_run_whose_source_fails_tells_what_was_done_until_then() -> None:
+    """The source's own error comes out, with the account as a note."""
+
+    def source() -> Iterator[int]:
+        yield from range(7)
+        raise ConnectionError("cursor lost")
+
+    async with Executor() as executor:
+        with pytest.raises(ConnectionError, match="cursor lost") as caught:
+            await executor.run(nap, source())
+    (note,) = caught.value.__notes__
+    assert "read 7 = done 7 + failed 0 + left 0" in note
+
+
+async def test_a_run_whose_job_cannot_be_closed_tells_what_was_done() -> None:
+    """All records are done; the error of the clean-up does not take the account with it."""
+
+    @penstock.job
+    async def closing_badly() -> AsyncGenerator[Callable[[int], Awaitable[float]], None]:
+        yield nap
+        raise OSError("flush failed")
+
+    async with Executor() as executor:
+        with pytest.raises(OSError, match="flush failed") as caught:
+            await executor.run(closing_badly, range(3))
+    (note,) = caught.value.__notes__
+    assert "read 3 = done 3" in note

@@ -1078,3 +1078,54 @@ async def test_a_clean_up_of_a_source_that_hangs_is_waited_for_in_bounds() -> No
             await anext(stream)
             started = loop.time()
         assert loop.time() - started <= 10
+
+
+@pytest.mark.parametrize("stubborn", [True, False])
+async def test_a_job_that_does_not_end_after_its_timeout_has_its_outcome_all_the_same(
+    stubborn: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether it swallows its cancellation or hangs in its clean-up: the run goes on without it, and says so."""
+    release = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def job(item: int) -> int:
+        try:
+            await asyncio.sleep(item * 1_000)
+        finally:
+            while item and not release.is_set():
+                if stubborn:
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await release.wait()
+                else:
+                    await release.wait()
+        return item
+
+    started = loop.time()
+    async with Executor(limit=2) as executor:
+        outcomes = await executor.as_completed(job, [0, 1, 0], timeout=10)
+        assert loop.time() - started == pytest.approx(15)
+        assert sorted(outcome.ok for outcome in outcomes) == [False, True, True]
+        (late,) = [outcome for outcome in outcomes if not outcome.ok]
+        assert isinstance(late.error, JobTimeout)
+        assert "nor 5 s after it was cancelled for that" in str(late.error)
+        assert "goes on 5 s after it was cancelled" in caplog.text
+        assert executor.statistics().jobs == 1
+        release.set()
+        await asyncio.sleep(1)
+        statistics = executor.statistics()
+        assert (statistics.jobs, statistics.done, sum(statistics.failed.values())) == (0, 2, 1)
+        assert await executor.map(double, [1, 2]) == [2, 4]
+
+
+async def test_a_stream_that_is_closed_before_all_was_read_says_so_when_it_is_read_on() -> None:
+    """Also when its source and all its jobs had ended: what was ready has been dropped."""
+
+    async def same(item: int) -> int:
+        return item
+
+    async with Executor() as executor:
+        async with executor.as_completed(same, range(10)) as stream:
+            await anext(stream)
+            await asyncio.sleep(1)
+        with pytest.raises(ClosedError, match="before all that was ready had been read"):
+            await anext(stream)

@@ -318,7 +318,7 @@ async def test_total_time_runs_out_in_the_queue() -> None:
             await failing
         assert gate.statistics()[None].waiting == 0
     assert "Retry(timeout=5) was over" in caught.value.__notes__[0]
-    assert "attempt 1, after 0.000 s: ConnectionError: reset" in caught.value.__notes__[0]
+    assert "attempt 1 took 0.000 s: ConnectionError: reset" in caught.value.__notes__[0]
     assert gate.statistics()[None].retries == 0
 
 
@@ -356,6 +356,14 @@ async def test_total_time_runs_out_when_a_pause_comes_while_waiting() -> None:
         await first
 
 
+async def test_a_long_pause_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A run that seems to stand still says why; the other calls that hear the same add nothing."""
+    gate = Gate("maps", retry=Retry(timeout=None, attempts=2))
+    await asyncio.gather(*(gate.call(Script(throttled(100))) for _ in range(5)))
+    (record,) = [record for record in caplog.records if record.name == "penstock.gate"]
+    assert "gate 'maps': the server asks for a pause of 1" in record.getMessage()
+
+
 async def test_an_exception_that_is_raised_again_and_again_carries_one_account() -> None:
     """A shared instance does not collect the notes of all calls that it ever ended."""
     shared = ValueError("the same each time")
@@ -378,9 +386,9 @@ async def test_the_last_error_is_raised_as_it_came_with_its_attempts_as_a_note()
     assert caught.value.__cause__ is caught.value.__context__ is None
     assert caught.value.__notes__ == [
         "gate 'maps' gave up: all 3 attempts used\n"
-        "  attempt 1, after 1.000 s: ConnectionError: one\n"
-        "  attempt 2, after 1.000 s: ConnectionError: two\n"
-        "  attempt 3, after 1.000 s: ConnectionError: three"
+        "  attempt 1 took 1.000 s: ConnectionError: one\n"
+        "  attempt 2 took 1.000 s: ConnectionError: two\n"
+        "  attempt 3 took 1.000 s: ConnectionError: three"
     ]
 
 

@@ -32,7 +32,7 @@ class RenewableAuth:
         self.generation = 0
 
     def outdated(self, refused: int) -> bool:
-        """Whether there are no headers newer than generation `refused`, or the function is being asked for newer ones."""
+        """Whether there are no headers newer than generation `refused`, or newer ones are being asked for."""
         return refused == self.generation or self._renewing
 
     async def renew(self) -> None:

@@ -2,6 +2,7 @@
 
 import ipaddress
 import json as json_module
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import urlencode
@@ -16,7 +17,7 @@ from penstock.errors import UsageError
 
 QueryValue: TypeAlias = str | int | float
 Params: TypeAlias = Mapping[str, QueryValue | list[QueryValue] | tuple[QueryValue, ...]] | str | None
-Body: TypeAlias = bytes | str | Mapping[str, str] | None
+Body: TypeAlias = bytes | str | Mapping[str, QueryValue | list[QueryValue] | tuple[QueryValue, ...]] | None
 
 
 def checked_base(base_url: str) -> URL:
@@ -73,11 +74,19 @@ def encoded(json: Any, data: Body) -> tuple[bytes | None, str | None]:
     if isinstance(data, str):
         return data.encode(), "text/plain; charset=utf-8"
     if isinstance(data, Mapping):
-        return urlencode(data).encode(), "application/x-www-form-urlencoded"
+        return urlencode(_form(data), doseq=True).encode(), "application/x-www-form-urlencoded"
     raise UsageError(
         f"data={type(data).__name__}: expected bytes, text or a mapping. A retry must be able to send it again, "
         f"so a stream or a file has to be read first."
     )
+
+
+def _form(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in data.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not all(isinstance(part, str | int | float) and not isinstance(part, bool) for part in parts):
+            raise UsageError(f"data={{{name!r}: {reprlib.repr(value)}}}: expected text or numbers, or lists of them.")
+    return data
 
 
 def with_query(url: URL, params: Params) -> URL:

@@ -1,11 +1,9 @@
 """One job, from its slot to its outcome: the record, and calling the user's function within its time."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from penstock.context import Host
-from penstock.errors import JobTimeout
 from penstock.executor.slots import Holder
 from penstock.outcome import Outcome, classify
 
@@ -25,6 +23,8 @@ class ActiveJob(Holder):
     """When its function was called; None before that."""
     cancelled: bool = False
     """True when the executor or a stream asked for the cancellation, so that it is no outcome."""
+    given_up: bool = False
+    """True when its outcome has been delivered although its task goes on."""
     settled: bool = False
     """True when the job has ended and waits for the items before it to be delivered."""
     result: Outcome[Any] | None = None
@@ -65,25 +65,3 @@ class ActiveJob(Holder):
         """Let go of the user's data: children may keep this record longer than anyone needs them."""
         self.args = ()
         self.kwargs = self.input = None
-
-
-async def in_time(job: ActiveJob, timeout: float) -> Any:
-    """Call the job's function, for at most `timeout` seconds.
-
-    Raises:
-        JobTimeout: it took longer, or went on although it was cancelled for that.
-        Exception: what the function raised.
-    """
-    try:
-        async with asyncio.timeout(timeout) as scope:
-            value = await job.fn(*job.args, **(job.kwargs or {}))
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        raise JobTimeout(f"{job!r} did not end within {timeout:g} s") from error
-    if scope.expired():
-        raise JobTimeout(
-            f"{job!r} swallowed the cancellation of its {timeout:g} s timeout and went on. "
-            f"Re-raise asyncio.CancelledError wherever it is caught."
-        )
-    return value

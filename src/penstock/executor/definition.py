@@ -1,11 +1,11 @@
 """`@penstock.job`: a job together with the resources it needs, in a form that another process can find by its name."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from functools import update_wrapper
 from inspect import isasyncgenfunction
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from penstock.errors import UsageError
 
@@ -29,7 +29,7 @@ class Job(Generic[F]):
     __name__: str
     __qualname__: str
 
-    def __init__(self, definition: Callable[[], AsyncGenerator[F, None]]) -> None:
+    def __init__(self, definition: Callable[[], AsyncIterator[F]]) -> None:
         if not isasyncgenfunction(definition):
             raise UsageError(
                 f"@penstock.job found {definition!r}, expected an async generator function: "
@@ -60,7 +60,7 @@ class Job(Generic[F]):
             UsageError: the definition does not yield a function, or yields again.
             Exception: what the definition raises while it opens or closes.
         """
-        return _Opened(self._definition(), self.__qualname__)
+        return _Opened(cast("AsyncGenerator[F, None]", self._definition()), self.__qualname__)
 
 
 class _Opened(AbstractAsyncContextManager[F]):
@@ -104,6 +104,6 @@ class _Opened(AbstractAsyncContextManager[F]):
         )
 
 
-def job(definition: Callable[[], AsyncGenerator[F, None]]) -> Job[F]:
+def job(definition: Callable[[], AsyncIterator[F]]) -> Job[F]:
     """Make a `Job` of an async generator function that opens resources and yields the job function once."""
     return Job(definition)

@@ -15,11 +15,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, ParamSpec, Self, TypeVar, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import current_job
-from penstock.errors import ClosedError, TooManyErrors, UsageError, WrongLoop, WrongThread
+from penstock.errors import ClosedError, UsageError, WrongLoop, WrongThread
 from penstock.events import Instrument
 from penstock.executor.active import ActiveJob
 from penstock.executor.definition import Job
@@ -35,6 +35,7 @@ from penstock.report import INTERRUPTED, Report, Tally
 from penstock.threads.lane import Lane
 
 T = TypeVar("T")
+P = ParamSpec("P")
 I = TypeVar("I")  # noqa: E741  # the item
 
 DEFAULT_LIMIT = 256
@@ -79,7 +80,9 @@ class Executor:
         self._closed = False
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "draining" if self._draining else "open" if self._jobs else "new"
+        state = (
+            "closed" if self._closed else "draining" if self._draining else "open" if self._jobs is not None else "new"
+        )
         return f"<Executor {state} limit={self._limit} jobs={len(self._jobs or ())}>"
 
     async def __aenter__(self) -> Self:
@@ -95,10 +98,10 @@ class Executor:
         await self.shutdown(timeout=None if error is None else 0.0)
 
     @overload
-    def submit(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]": ...
+    def submit(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]": ...
 
     @overload
-    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> "asyncio.Future[T]": ...
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "asyncio.Future[T]": ...
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
         """Run `fn(*args, **kwargs)` as a job; return its future.
@@ -248,12 +251,19 @@ class Executor:
         """
         self._check_open("run")
         opened: AbstractAsyncContextManager[Any] = job.open() if isinstance(job, Job) else nullcontext(job)
-        async with opened as fn:
-            if self._draining:  # since the job began to open
-                return Tally().report(read=0, left=0, stopped=INTERRUPTED, elapsed=0.0)
-            return await _tally(self.as_completed(
-                fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors
-            ))  # fmt: skip
+        report: Report | None = None
+        try:
+            async with opened as fn:
+                if self._draining:  # since the job began to open
+                    return Tally().report(read=0, left=0, stopped=INTERRUPTED, elapsed=0.0)
+                report = await _tally(
+                    self.as_completed(fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors)
+                )
+        except Exception as error:
+            if report is not None:
+                error.add_note(f"it came when the run had ended: {report}")
+            raise
+        return report
 
     async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run a blocking call in a thread of this executor and return its value; context variables go along.
@@ -437,18 +447,22 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
     tally = Tally()
     started = asyncio.get_running_loop().time()
     stopped: str | None = None
+
+    def report() -> Report:
+        counts = stream.statistics()
+        elapsed = asyncio.get_running_loop().time() - started
+        return tally.report(read=counts.read, left=counts.left, stopped=stopped, elapsed=elapsed)
+
     async with stream:
         try:
             async for outcome in stream:
                 tally.add(outcome)
-        except (TooManyErrors, ClosedError):
+        except Exception as error:
             stopped = stream.verdict
-            if stopped is None:  # the source's own
+            if stopped is None:  # the source's own error: the account goes with it
+                error.add_note(f"the source of the items raised it; until then: {report()}")
                 raise
-        counts = stream.statistics()
-    return tally.report(
-        read=counts.read, left=counts.left, stopped=stopped, elapsed=asyncio.get_running_loop().time() - started
-    )
+        return report()
 
 
 def _check_max_errors(max_errors: float | None) -> None:

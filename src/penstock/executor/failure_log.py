@@ -67,7 +67,7 @@ class FailureLog:
                 exc_info=error if count == 1 else None,
             )  # fmt: skip
         elif _is_power_of_ten(count):
-            logger.log(level, "%r failed: %s for the %d. time", job, place, count)
+            logger.log(level, "%r failed: %s for the %dth time", job, place, count)
 
 
 def _place(error: BaseException) -> Place:

@@ -33,6 +33,11 @@ from penstock.report import INTERRUPTED, TOO_MANY_ERRORS
 
 sources = logging.getLogger("penstock.sources")
 
+LONGEST_TURN = 0.005
+"""Seconds of pulling after which the loop gets a turn. CPython's own switch interval between threads."""
+BLOCKS = 0.05
+"""Seconds for one item that are worth a warning. Half of what asyncio's debug mode calls a slow callback."""
+
 MINIMUM_SAMPLE = 100
 """Finished jobs before a share is judged. Arbitrary, because: resilience4j and Polly judge from 100 calls on too."""
 
@@ -80,6 +85,7 @@ class Feed:
         self._max_errors = max_errors
         self._in_order: deque[ActiveJob] | None = deque() if ordered else None
         self._on_over = on_over
+        self._warned = False
         self._closed = False
         self._gave_up = False
         self._undelivered = 0
@@ -135,6 +141,8 @@ class Feed:
         The wait is bounded: jobs that still run after `PATIENCE` seconds are named in the log and abandoned.
         """
         self._closed = True
+        if self.over.is_set() and (self.ready or self._in_order):
+            self._end_early(ClosedError("the stream was closed before all that was ready had been read"), INTERRUPTED)
         self.ready.clear()
         while self._in_order:
             self._in_order.popleft().result = None
@@ -182,12 +190,16 @@ class Feed:
 
     async def _pull_sync(self, iterator: Iterator[Any]) -> None:
         slots = self._running.slots
+        now = self._loop.time
+        turn = last = now()
         while self.stopped is None:
             if self._undelivered >= self._window:
                 await self._wait_for_room()
+                turn = last = now()
             job = self._new_job((), self._timeout, self)
             if not slots.take_nowait(job):
                 await slots.take(job)
+                turn = last = now()
             item = _END
             try:
                 item = next(iterator, _END)
@@ -198,6 +210,20 @@ class Feed:
                 return
             self.read += 1
             self._start(job, item)
+            before, last = last, now()
+            if last - turn > LONGEST_TURN:
+                self._warn_if_blocked(last - before)
+                await asyncio.sleep(0)
+                turn = last = now()
+
+    def _warn_if_blocked(self, duration: float) -> None:
+        if duration > BLOCKS and not self._warned:
+            self._warned = True
+            sources.warning(
+                "the source of a stream took %.2f s for an item, during which nothing else could run. "
+                "Wrap it: penstock.pull_in_thread(items).",
+                duration,
+            )
 
     async def _pull_async(self, source: AsyncIterable[Any]) -> None:
         iterator = aiter(source)
@@ -210,11 +236,13 @@ class Feed:
                         await iterator.aclose()
 
     async def _pull_from(self, iterator: AsyncIterator[Any]) -> None:
-        while self.stopped is None:
+        # Its end is tested, but CPython 3.11 does not trace a coroutine that swallowed what was thrown into it.
+        while self.stopped is None:  # pragma: no branch
             if self._undelivered >= self._window:
                 await self._wait_for_room()
-            item = await anext(iterator, _END)
-            if item is _END:
+            try:
+                item = await anext(iterator)
+            except StopAsyncIteration:
                 return
             self.read += 1
             job = self._new_job((), self._timeout, self)
@@ -223,11 +251,14 @@ class Feed:
             except asyncio.CancelledError:
                 self.left += 1
                 raise
-            if self.stopped is not None:  # a source may swallow its cancellation; it is not asked for more
-                self._running.slots.give_back(job)
-                self.left += 1
-                return
+            self._start_unless_stopped(job, item)
+
+    def _start_unless_stopped(self, job: ActiveJob, item: Any) -> None:
+        if self.stopped is None:
             self._start(job, item)
+        else:  # the source has swallowed its cancellation
+            self._running.slots.give_back(job)
+            self.left += 1
 
     async def _wait_for_room(self) -> None:
         self._room = self._loop.create_future()

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 
 from penstock.callables import refuse_coroutine
 from penstock.context import enter
+from penstock.errors import JobTimeout
 from penstock.events import Instrument, JobEnded
-from penstock.executor.active import ActiveJob, in_time
+from penstock.executor.active import ActiveJob
 from penstock.executor.failure_log import FailureLog
 from penstock.executor.slots import Slots
 from penstock.histogram import Histogram
@@ -132,7 +133,7 @@ class RunningJobs:
         job.started = self._now()
         try:
             if job.timeout is not None:
-                value = await in_time(job, job.timeout)
+                value = await self._in_time(job, job.timeout)
             elif job.kwargs is None:
                 value = await job.fn(*job.args)
             else:
@@ -168,6 +169,37 @@ class RunningJobs:
             self._end(job, job.succeeded(value, self._now()))
             return value if job.receiver is None else None
 
+    async def _in_time(self, job: ActiveJob, timeout: float) -> Any:
+        """Call the job's function, for at most `timeout` seconds; deliver its outcome without it if it does not end.
+
+        Raises:
+            JobTimeout: it took longer, or went on although it was cancelled for that.
+            Exception: what the function raised.
+        """
+        last = self._loop.call_later(timeout + PATIENCE, self._give_up_on, job, timeout)
+        try:
+            async with asyncio.timeout(timeout) as scope:
+                value = await job.fn(*job.args, **(job.kwargs or {}))
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise JobTimeout(f"{job!r} did not end within {timeout:g} s") from error
+        finally:
+            last.cancel()
+        if scope.expired():
+            raise JobTimeout(
+                f"{job!r} swallowed the cancellation of its {timeout:g} s timeout and went on. "
+                f"Re-raise asyncio.CancelledError wherever it is caught."
+            )
+        return value
+
+    def _give_up_on(self, job: ActiveJob, timeout: float) -> None:
+        """Deliver the outcome of a job that goes on after its timeout. It keeps its slot until it ends."""
+        self.complain(lambda other: other is job)
+        why = f"{job!r} did not end within {timeout:g} s, nor {PATIENCE:g} s after it was cancelled for that"
+        self._deliver(job, job.failed(JobTimeout(why), self._now()))
+        job.given_up = True
+
     def _settle(self, job: ActiveJob, task: "asyncio.Task[Any]") -> None:
         """The future of a submitted job is done."""
         self._end_if_never_begun(job)
@@ -181,6 +213,11 @@ class RunningJobs:
         del self._tasks[job]
         if job.holds:
             self.slots.give_back(job)
+        if not job.given_up:
+            self._deliver(job, outcome)
+        job.forget()
+
+    def _deliver(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         try:
             self._account(job, outcome)
         except Exception as error:  # noqa: BLE001  # a filter of the user's logging, for example; the outcome must arrive
@@ -188,7 +225,6 @@ class RunningJobs:
         finally:
             if job.receiver is not None:
                 job.receiver.job_ended(job, outcome)
-            job.forget()
 
     def _account(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         if outcome is None:

@@ -58,8 +58,8 @@ class Interrupts:
                 return
             now = bool(shutdowns)
             logger.warning(
-                "interrupted: what is in flight is %s; Ctrl-C once more %s",
-                *(("cancelled", "leaves at once") if now else ("finished", "cancels it")),
+                "interrupted: %s what is in flight; Ctrl-C again %s",
+                *(("cancelling", "ends the program") if now else ("finishing", "cancels it")),
             )
             shutdowns.append(loop.create_task(executor.shutdown(wait=now, timeout=0.0)))
 

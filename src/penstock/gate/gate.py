@@ -15,6 +15,7 @@ Everything here belongs to the loop thread.
 """
 
 import asyncio
+import logging
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
@@ -30,6 +31,8 @@ from penstock.gate.server_hints import hint_of
 from penstock.gate.service import KeyStatistics, Service
 from penstock.outcome import FailureKind, classify
 
+logger = logging.getLogger("penstock.gate")
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -39,6 +42,8 @@ DEFAULT_TIMEOUT = 60.0
 """Seconds. Arbitrary, because: longer than a sound service takes, shorter than a person's patience."""
 MOST_IDLE_KEYS = 1_024
 """Arbitrary, because: it bounds memory when keys come and go; a key in use is never dropped."""
+WORTH_TELLING = 5.0
+"""Seconds of a pause that is logged. Arbitrary, because: a person begins to wonder."""
 HINT_JITTER = 0.1
 """Share of a server's wait by which it is lengthened at random, so that not all clients come back at once."""
 
@@ -194,7 +199,7 @@ class Gate:
                 return value
             try:
                 service.count_failure(failure)
-                history.append(f"attempt {len(history) + 1}, after {now() - started:.3f} s: {first_line(failure)}")
+                history.append(f"attempt {len(history) + 1} took {now() - started:.3f} s: {first_line(failure)}")
                 back_off = self._back_off(trip, service, failure, history, asked, deadline)
                 if back_off is None:
                     raise failure
@@ -224,7 +229,7 @@ class Gate:
         refused = isinstance(decision, str)
         hint = hint_of(failure)
         if hint is not None and (not refused or classify(failure) is FailureKind.THROTTLED):
-            service.pause(hint * (1.0 + random.uniform(0.0, HINT_JITTER)))
+            self._pause(service, hint * (1.0 + random.uniform(0.0, HINT_JITTER)))
         if not isinstance(decision, str):
             starts_in = max(decision, service.paused_for)
             if deadline is None or now + starts_in < deadline:
@@ -232,6 +237,13 @@ class Gate:
             decision = f"the next attempt would start in {starts_in:.1f} s, after the end of Retry(timeout=)"
         self._annotate(failure, decision, history)
         return None
+
+    def _pause(self, service: Service, duration: float) -> None:
+        if duration > WORTH_TELLING and not service.paused_for:
+            logger.warning(
+                "gate %r: the server asks for a pause of %.0f s; nothing is sent so long", self.name, duration
+            )
+        service.pause(duration)
 
     def _too_late(self, trip: RoundTrip[Any], what: str, history: list[str]) -> AttemptTimeout:
         late = AttemptTimeout(f"{trip}: {what}")
