@@ -78,6 +78,13 @@ async def test_an_async_function_does_not_belong_in_a_thread() -> None:
                 _ = await run(job, 1)
 
 
+@pytest.mark.parametrize("instruments", [[print], 5, print])
+def test_instruments_are_told_by_their_notify(instruments: Any) -> None:
+    """A mere function would be dropped at its first event; it is refused at once."""
+    with pytest.raises(UsageError, match="objects with a method notify"):
+        Executor(instruments=instruments)
+
+
 async def test_a_stream_belongs_to_the_loop_that_made_it() -> None:
     """Reading it elsewhere is refused; here it still works."""
     async with Executor() as executor, executor.map(job, [1, 2]) as stream:

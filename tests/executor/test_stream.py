@@ -1117,6 +1117,30 @@ async def test_a_job_that_does_not_end_after_its_timeout_has_its_outcome_all_the
         assert await executor.map(double, [1, 2]) == [2, 4]
 
 
+async def test_leaving_an_executor_does_not_wait_for_a_job_that_was_given_up() -> None:
+    """Its outcome has been delivered; the drain goes on without it, and so does a stream that is left."""
+    release = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def stubborn(_item: int) -> None:
+        while not release.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await release.wait()
+
+    started = loop.time()
+    async with Executor(limit=4) as executor:
+        executor.submit(double, 1)
+        async with executor.as_completed(stubborn, [1, 2], timeout=10) as stream:
+            assert isinstance((await anext(stream)).error, JobTimeout)
+        reader = asyncio.ensure_future(executor.as_completed(stubborn, [3], timeout=1))
+        await asyncio.sleep(0.5)
+    assert len(await reader) == 1
+    assert loop.time() - started < 60
+    release.set()
+    await asyncio.sleep(1)
+    assert executor.statistics().jobs == 0
+
+
 async def test_a_stream_that_is_closed_before_all_was_read_says_so_when_it_is_read_on() -> None:
     """Also when its source and all its jobs had ended: what was ready has been dropped."""
 

@@ -70,7 +70,7 @@ class Executor:
     ) -> None:
         self._limit = _at_least_one("limit", limit, DEFAULT_LIMIT)
         self._threads = _at_least_one("threads", threads, DEFAULT_THREADS)
-        self._instruments = instruments
+        self._instruments = _checked(instruments)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: RunningJobs | None = None
         self._feeds: set[Feed] = set()
@@ -463,6 +463,12 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
                 error.add_note(f"the source of the items raised it; until then: {report()}")
                 raise
         return report()
+
+
+def _checked(instruments: Sequence[Instrument]) -> Sequence[Instrument]:
+    if not isinstance(instruments, Sequence) or not all(hasattr(instrument, "notify") for instrument in instruments):
+        raise UsageError(f"instruments={instruments!r:.100}: expected a list of objects with a method notify(event).")
+    return instruments
 
 
 def _check_max_errors(max_errors: float | None) -> None:

@@ -100,14 +100,17 @@ class RunningJobs:
             left = None if deadline is None else deadline - self._loop.time()
             if left is not None and left <= 0:
                 return False
-            done, _ = await asyncio.wait(tasks, timeout=left)
+            # In slices, since a job that is given up meanwhile is not waited for any more.
+            done, _ = await asyncio.wait(tasks, timeout=PATIENCE if left is None else min(left, PATIENCE))
             for task in done:
                 self._end_if_never_begun(tasks[task])
         return True
 
     def complain(self, which: Which = all_of_them) -> None:
         """Name the jobs that still run `PATIENCE` seconds after they were cancelled."""
-        for job in filter(which, self._tasks):
+        for job in self._tasks:
+            if job.given_up or not which(job):
+                continue
             logger.error(
                 "%r goes on %g s after it was cancelled: it swallowed asyncio.CancelledError, which must be raised "
                 "again wherever it is caught. It is abandoned, and keeps its slot until it ends.",
@@ -117,7 +120,11 @@ class RunningJobs:
 
     def _tasks_to_wait_for(self, which: Which) -> "dict[asyncio.Task[Any], ActiveJob]":
         this = asyncio.current_task()
-        return {task: job for job, task in self._tasks.items() if task not in (None, this) and which(job)}
+        return {
+            task: job
+            for job, task in self._tasks.items()
+            if task is not None and task is not this and not job.given_up and which(job)
+        }
 
     async def _perform_in_turn(self, job: ActiveJob) -> Any:
         try:
