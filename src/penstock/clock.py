@@ -6,6 +6,7 @@ Everything else is given `now`, or asks its event loop, whose time `now()` is: u
 
 import asyncio
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 
 def now() -> float:
@@ -21,3 +22,12 @@ def wall() -> float:
 def steady() -> float:
     """Seconds on the process's monotonic clock, for code that runs outside a loop. Any thread."""
     return time.monotonic()
+
+
+def stands_still(loop: asyncio.AbstractEventLoop) -> AbstractContextManager[None]:
+    """While the block runs, something outside `loop` is at work for it: a virtual clock must not jump meanwhile.
+
+    A clock that is not virtual (any loop without `external_work`) goes on as ever.
+    """
+    block: AbstractContextManager[None] = getattr(loop, "external_work", nullcontext)()
+    return block

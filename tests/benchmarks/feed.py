@@ -18,8 +18,9 @@ import asyncio
 import resource
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -101,6 +102,47 @@ async def sliding_window(items: int) -> None:
         await asyncio.wait(running)
 
 
+current: ContextVar[int] = ContextVar("current")
+
+
+async def wrapped(item: int) -> int:
+    current.set(item)
+    return await job(item)
+
+
+async def floor(items: int, fn: Callable[[int], Coroutine[Any, Any, int]]) -> None:
+    """A task for each item and a callback at its end that starts the next: no outcome, no window, no reader."""
+    loop = asyncio.get_running_loop()
+    source = generated(items)
+    running: set[asyncio.Task[int]] = set()
+    over: asyncio.Future[None] = loop.create_future()
+
+    def start() -> None:
+        for item in source:
+            task = loop.create_task(fn(item))
+            running.add(task)
+            task.add_done_callback(ended)
+            return
+        if not running and not over.done():
+            over.set_result(None)
+
+    def ended(task: asyncio.Task[int]) -> None:
+        running.discard(task)
+        start()
+
+    for _ in range(IN_FLIGHT):
+        start()
+    await over
+
+
+async def floor_of_tasks(items: int) -> None:
+    await floor(items, job)
+
+
+async def floor_of_contexts(items: int) -> None:
+    await floor(items, wrapped)
+
+
 async def task_for_each(items: int) -> None:
     room = asyncio.Semaphore(IN_FLIGHT)
 
@@ -162,6 +204,8 @@ FEEDS: dict[str, tuple[Feed, int]] = {
     "penstock as_completed": (penstock_as_completed, MANY),
     "penstock map, streamed": (penstock_map, MANY),
     "penstock submit": (penstock_submit, FEW),
+    "floor: a task for each item": (floor_of_tasks, MANY),
+    "floor: and a wrapper, a ContextVar": (floor_of_contexts, MANY),
     "create_task, sliding window": (sliding_window, MANY),
     "TaskGroup + Semaphore": (task_for_each, SOME),
     "aiometer.amap": (aiometer_amap, SOME),

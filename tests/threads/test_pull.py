@@ -530,3 +530,20 @@ async def test_a_source_side_by_side_with_another_is_stopped_too() -> None:
         assert await executor.map(add, pull_in_thread(source), range(3)) == [0, 2, 4]
     gc.collect()
     await source.ended()
+
+
+@pytest.mark.virtual_clock
+async def test_a_virtual_clock_stands_still_while_the_source_is_waited_for() -> None:
+    """A thread is work outside the loop: a time-out does not fire because the source takes real time."""
+    go = threading.Event()
+
+    def source() -> Iterator[int]:
+        go.wait(BOUND)
+        yield 1
+
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    loop.call_soon(lambda: threading.Timer(0.05, go.set).start())
+    async with asyncio.timeout(1):
+        assert [item async for item in pull_in_thread(source())] == [1]
+    assert loop.time() == started

@@ -26,6 +26,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from penstock import clock
 from penstock.errors import UsageError, WrongLoop
 from penstock.outcome import contained
 
@@ -92,7 +93,8 @@ class ThreadSource(Generic[T]):
                 )
             self._waiting = True
             try:
-                await wake_up
+                with clock.stands_still(buffer.loop):
+                    await wake_up
             finally:
                 self._waiting = False
         return buffer.take()
