@@ -35,8 +35,8 @@ sources = logging.getLogger("penstock.sources")
 
 LONGEST_TURN = 0.005
 """Seconds of pulling after which the loop gets a turn. CPython's own switch interval between threads."""
-BLOCKS = 0.05
-"""Seconds for one item that are worth a warning. Half of what asyncio's debug mode calls a slow callback."""
+BLOCKS = 0.1
+"""Seconds for one item that are worth a warning. As asyncio's debug mode (`loop.slow_callback_duration`)."""
 
 MINIMUM_SAMPLE = 100
 """Finished jobs before a share is judged. Arbitrary, because: resilience4j and Polly judge from 100 calls on too."""
