@@ -5,6 +5,7 @@ Everything else is given `now`, or asks its event loop, whose time `now()` is: u
 """
 
 import asyncio
+import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
 
@@ -22,6 +23,27 @@ def wall() -> float:
 def steady() -> float:
     """Seconds on the process's monotonic clock, for code that runs outside a loop. Any thread."""
     return time.monotonic()
+
+
+def thread_cpu_clock() -> int | None:
+    """The calling thread's own CPU clock, for `cpu_time`; None where the platform has none. Any thread.
+
+    The thread asks for itself: asked for by another one after its end, the C library may crash.
+    """
+    if not hasattr(time, "pthread_getcpuclockid"):
+        return None
+    return time.pthread_getcpuclockid(threading.get_ident())
+
+
+def cpu_time(clock_id: int) -> float | None:
+    """Seconds of CPU that the thread of `thread_cpu_clock` has used; None once it has ended. Any thread.
+
+    The system may give the clock of a thread that has ended to a later one: forget it when its thread ends.
+    """
+    try:
+        return time.clock_gettime(clock_id)
+    except OSError:
+        return None
 
 
 def stands_still(loop: asyncio.AbstractEventLoop) -> AbstractContextManager[None]:
