@@ -27,6 +27,7 @@ import pytest
 
 from penstock.testing import VirtualClockLoop
 from penstock.testing.task_location import locations
+from penstock.threads.workers import Worker
 
 # Seconds of real time for threads on their way out, and for the sockets in their hands. Arbitrary, because it is
 # spent by failing tests only.
@@ -158,8 +159,16 @@ def _refuse(node: pytest.Item, left_over: Mapping[str, object]) -> None:
 
 
 def _our_threads() -> set[threading.Thread]:
-    """All threads that somebody should have ended. A daemon of a foreign library is not our affair."""
-    return {thread for thread in threading.enumerate() if not thread.daemon or thread.name.startswith("penstock")}
+    """All threads that somebody should have ended. A daemon of a foreign library is not our affair.
+
+    Nor is a worker that is idle: the process shares them.
+    """
+    return {
+        thread
+        for thread in threading.enumerate()
+        if (not thread.daemon or thread.name.startswith("penstock"))
+        and not (isinstance(thread, Worker) and thread.idle)
+    }
 
 
 def _open_sockets() -> set[int]:

@@ -2,13 +2,14 @@
 
 import asyncio
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import pytest
 
 from penstock.context import RunningJob, current_job, enter, host_of_current_job
 from penstock.errors import UsageError
+from penstock.outcome import Outcome
 
 T = TypeVar("T")
 
@@ -19,7 +20,13 @@ class Host:
     async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         return fn(*args, **kwargs)
 
-    compute = to_thread
+    compute = to_process = to_thread
+
+    async def compute_each(self, fn: Callable[[Any], T], items: Iterable[Any], /) -> list[Outcome[T]]:
+        return [Outcome(None, item, fn(item), None, None, 0, 0.0, 0.0) for item in items]
+
+    def from_thread(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
 
 
 def running(name: str, key: object = None) -> RunningJob:

@@ -118,6 +118,8 @@ def test_every_status_has_a_kind_that_follows_the_rule(status: int, hinted: bool
         aiohttp.ClientPayloadError("cut off"),
         aiohttp.ClientConnectorDNSError(KEY, OSError("no such name")),
         aiohttp.SocketTimeoutError("late"),
+        BrokenExecutor(),
+        BrokenProcessPool("a child died"),
     ],
     ids=repr,
 )
@@ -180,8 +182,6 @@ class OutOfDeviceMemory(RuntimeError):
         OSError("multiple exceptions"),
         OSError(errno.ENOSPC, "disk full"),
         EOFError(),
-        BrokenExecutor(),
-        BrokenProcessPool("a child died"),
         OutOfDeviceMemory(),
         Exception("who knows"),
         aiohttp.InvalidURL("http:://"),
@@ -203,6 +203,65 @@ def test_all_else_is_permanent(error: Exception) -> None:
 def test_a_cancelled_future_is_a_cancellation_whichever_library_it_is_of() -> None:
     assert classify(asyncio.CancelledError()) is FailureKind.CANCELLED
     assert classify(concurrent.futures.CancelledError()) is FailureKind.CANCELLED
+
+
+class SaysWhatItIs(HttpStatusError):
+    """A class of a user, who knows better what a 404 of this service means."""
+
+    failure_kind = FailureKind.TRANSIENT
+
+
+@pytest.mark.parametrize("kind", FailureKind)
+@pytest.mark.parametrize("error_class", [ValueError, TypeError, ConnectionError, Exception])
+def test_an_error_is_believed_what_it_says_of_itself(kind: FailureKind, error_class: type[Exception]) -> None:
+    """As a kind or as its word, on the exception or on its class, whatever its class would be otherwise."""
+    for told in (kind, str(kind.value)):
+        error = error_class("x")
+        error.failure_kind = told  # type: ignore[attr-defined]
+        assert classify(error) is kind
+        assert classify(type("Telling", (error_class,), {"failure_kind": told})("x")) is kind
+
+
+def test_what_an_exception_says_of_itself_overrules_its_status() -> None:
+    error = SaysWhatItIs(404, "GET", "http://x")
+    assert classify(error) is FailureKind.TRANSIENT
+    error.failure_kind = FailureKind.BUG
+    assert classify(error) is FailureKind.BUG
+
+
+def test_a_cancellation_is_one_whatever_it_says() -> None:
+    """Believing it would retry what somebody has cancelled."""
+    for error in (asyncio.CancelledError(), concurrent.futures.CancelledError()):
+        error.failure_kind = FailureKind.TRANSIENT  # type: ignore[union-attr]
+        assert classify(error) is FailureKind.CANCELLED
+
+
+NOT_A_KIND = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.binary()
+    | st.lists(st.integers())
+    | st.text().filter(lambda text: text not in list(FailureKind))
+)
+
+
+@given(told=NOT_A_KIND, status=st.integers(400, 599))
+def test_anything_else_by_that_name_is_ignored(told: object, status: int) -> None:
+    """A library may use the name for something of its own."""
+    error = HttpStatusError(status, "GET", "http://x")
+    expected = classify(error)
+    error.failure_kind = told  # type: ignore[attr-defined]
+    assert classify(error) is expected
+
+
+def test_an_error_that_fails_to_say_what_it_is_is_looked_at_from_outside() -> None:
+    class Broken(ConnectionError):
+        @property
+        def failure_kind(self) -> FailureKind:
+            raise ValueError("no")
+
+    assert classify(Broken()) is FailureKind.TRANSIENT
 
 
 def test_a_kind_reads_as_its_word() -> None:

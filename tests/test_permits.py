@@ -1,13 +1,14 @@
 """The queue of one key: limit, order, pauses, and no permit lost, whatever is cancelled when."""
 
 import asyncio
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.permits import PermitQueue
+from penstock.permits import PermitQueue, take_first
 from penstock.testing import VirtualClockLoop, cancel_at_every_step
 
 
@@ -199,3 +200,383 @@ def test_no_permit_is_lost_at_any_step() -> None:
             queue.pause(0.5)
 
     assert cancel_at_every_step(scenario, check=lambda: queues[-1].in_flight == queues[-1].waiting == 0) >= 5
+
+
+# --- what is needed besides a permit ---
+
+
+class Threads:
+    """A companion with a number of its own: threads, as the queue sees them."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+        self.wanting: list[Callable[[], None]] = []
+
+    def take_nowait(self) -> bool:
+        if not self.free:
+            return False
+        self.free -= 1
+        return True
+
+    def give_back(self) -> None:
+        self.free += 1
+        wanting, self.wanting = self.wanting, []
+        for tell in wanting:
+            tell()
+
+    def when_free(self, tell: Callable[[], None]) -> None:
+        if self.free:
+            tell()
+        else:
+            self.wanting.append(tell)
+
+
+def new_queue(limit: int = 1) -> PermitQueue:
+    return PermitQueue(asyncio.get_running_loop(), limit)
+
+
+async def settled() -> None:
+    """All that is ready has run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.virtual_clock
+async def test_a_permit_and_what_it_needs_are_taken_in_one_step() -> None:
+    """Without the companion no permit is taken, and without a permit no companion."""
+    queue, threads = new_queue(), Threads(0)
+    assert not queue.take_nowait(threads)
+    assert queue.in_flight == 0
+    threads.free = 2
+    assert queue.take_nowait(threads)
+    assert not queue.take_nowait(threads)
+    assert (queue.in_flight, threads.free) == (1, 1)
+
+
+@pytest.mark.virtual_clock
+async def test_who_waits_for_its_companion_holds_no_permit_and_is_overtaken_by_nobody() -> None:
+    """Neither by those behind it nor by a late comer that needs nothing."""
+    queue, threads = new_queue(2), Threads(0)
+    order: list[str] = []
+
+    async def caller(name: str, needs: Threads | None) -> None:
+        await queue.take(needs=needs)
+        order.append(name)
+
+    tasks = [asyncio.create_task(caller("first", threads)), asyncio.create_task(caller("second", None))]
+    await settled()
+    assert (queue.in_flight, queue.waiting, order) == (0, 2, [])
+    assert not queue.take_nowait()
+    threads.give_back()
+    await asyncio.gather(*tasks)
+    assert order == ["first", "second"]
+    assert (queue.in_flight, threads.free) == (2, 0)
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("again", [False, True], ids=["fresh", "due"])
+async def test_those_behind_go_on_when_the_one_that_waits_for_its_companion_leaves(again: bool) -> None:
+    """They may need none."""
+    queue, threads = new_queue(), Threads(0)
+    first = asyncio.create_task(queue.take(again=again, needs=threads))
+    await settled()
+    second = asyncio.create_task(queue.take())
+    await settled()
+    assert not second.done()
+    first.cancel()
+    await second
+    assert (queue.in_flight, queue.waiting) == (1, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_many_who_give_up_behind_the_first_ask_for_the_companion_no_more_often() -> None:
+    """Each wish is a call when a thread comes free: twenty thousand of them would hold it up."""
+    queue, threads = new_queue(), Threads(0)
+    tasks = [asyncio.create_task(queue.take(needs=threads)) for _ in range(100)]
+    await settled()
+    for task in tasks[1:]:
+        task.cancel()
+    await settled()
+    assert len(threads.wanting) == 1
+    threads.give_back()
+    await tasks[0]
+    assert (queue.in_flight, queue.waiting) == (1, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_a_companion_that_was_taken_in_the_tick_of_a_cancel_is_handed_on() -> None:
+    """With its permit."""
+    queue, threads = new_queue(), Threads(0)
+    unlucky = asyncio.create_task(queue.take(needs=threads))
+    next_in_line = asyncio.create_task(queue.take(needs=threads))
+    await settled()
+    threads.free = 1
+    queue._look_again()
+    unlucky.cancel()
+    await next_in_line
+    assert unlucky.cancelled()
+    assert (queue.in_flight, threads.free, queue.waiting) == (1, 0, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_a_permit_that_comes_back_brings_its_companion_to_who_waits_for_one() -> None:
+    """At once: nobody has to be told by the companion first."""
+    queue, threads = new_queue(2), Threads(1)
+    await queue.take(needs=threads)
+    waiting = asyncio.create_task(queue.take(needs=threads))
+    await settled()
+    assert not waiting.done()
+    threads.free += 1
+    queue.give_back()
+    await waiting
+    assert (queue.in_flight, threads.free) == (1, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_a_companion_may_say_in_another_thread_that_it_is_free() -> None:
+    queue, threads = new_queue(), Threads(0)
+    task = asyncio.create_task(queue.take(needs=threads))
+    await settled()
+    await asyncio.to_thread(threads.give_back)
+    await task
+    assert queue.in_flight == 1
+
+
+def test_a_companion_that_comes_free_when_the_loop_is_closed_tells_nobody() -> None:
+    """No error in the thread that says so."""
+    threads = Threads(0)
+
+    async def impatient() -> None:
+        queue = new_queue()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await queue.take(needs=threads)
+
+    asyncio.run(impatient())
+    assert len(threads.wanting) == 1
+    threads.give_back()
+
+
+# --- several queues ---
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("which", [0, 1])
+async def test_who_waits_in_two_queues_takes_the_first_permit_and_leaves_the_other_line(which: int) -> None:
+    queues = [new_queue(), new_queue()]
+    for queue in queues:
+        await queue.take()
+    waiter = asyncio.create_task(take_first(asyncio.get_running_loop(), *queues))
+    await settled()
+    assert [queue.waiting for queue in queues] == [1, 1]
+    queues[which].give_back()
+    assert await waiter is queues[which]
+    assert [queue.waiting for queue in queues] == [0, 0]
+    assert [queue.in_flight for queue in queues] == [1, 1]
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("free", [[0], [1], [0, 1]])
+async def test_a_permit_that_is_free_is_taken_at_once_from_the_first_such_queue(free: list[int]) -> None:
+    """Never two of them."""
+    queues = [new_queue(), new_queue()]
+    for number, queue in enumerate(queues):
+        if number not in free:
+            await queue.take()
+    assert await take_first(asyncio.get_running_loop(), *queues) is queues[free[0]]
+    assert sum(queue.in_flight for queue in queues) == (2 if len(free) == 1 else 1)
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("which", [0, 1])
+async def test_a_cancelled_waiter_gives_back_what_it_got_from_either_queue(which: int) -> None:
+    """The companion belongs to the first queue only."""
+    queues, threads = [new_queue(), new_queue()], Threads(1)
+    for queue in queues:
+        await queue.take()
+    waiter = asyncio.create_task(take_first(asyncio.get_running_loop(), *queues, needs=threads))
+    await settled()
+    queues[which].give_back()
+    assert threads.free == (0 if which == 0 else 1)
+    waiter.cancel()
+    await asyncio.wait([waiter])
+    assert waiter.cancelled()
+    assert [queue.in_flight for queue in queues] == [which != 0, which != 1]
+    assert [queue.waiting for queue in queues] == [0, 0]
+    assert threads.free == 1
+
+
+@pytest.mark.virtual_clock
+async def test_who_joins_is_first_in_line_and_may_leave_at_any_time() -> None:
+    """Leaving a line that one is not in is fine."""
+    queue = new_queue()
+    loop = asyncio.get_running_loop()
+    await queue.take()
+    fresh: asyncio.Future[PermitQueue] = loop.create_future()
+    due: asyncio.Future[PermitQueue] = loop.create_future()
+    queue.join(fresh)
+    assert queue.first is fresh
+    queue.join(due, again=True)
+    assert queue.first is due
+    for _ in range(2):
+        queue.leave(due)
+    queue.give_back()
+    assert fresh.result() is queue
+    assert queue.first is None
+    assert queue.in_flight == 1
+
+
+# --- number, pauses, end ---
+
+
+@pytest.mark.virtual_clock
+async def test_a_greater_limit_admits_at_once_and_a_smaller_one_takes_permits_back() -> None:
+    queue = new_queue(1)
+    tasks = [asyncio.create_task(queue.take()) for _ in range(6)]
+    await settled()
+    queue.resize(4)
+    await settled()
+    assert (queue.in_flight, queue.waiting) == (4, 2)
+    queue.resize(2)
+    for left in (3, 2):
+        queue.give_back()
+        await settled()
+        assert (queue.in_flight, queue.waiting) == (left, 2)
+    for waiting in (1, 0):
+        queue.give_back()
+        await settled()
+        assert (queue.in_flight, queue.waiting) == (2, waiting)
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.virtual_clock
+async def test_a_queue_that_is_held_back_admits_nobody_until_it_goes_on() -> None:
+    """Whatever else changes meanwhile; saying it twice is fine."""
+    queue = new_queue(1)
+    for _ in range(2):
+        queue.hold_back(True)
+    task = asyncio.create_task(queue.take())
+    await settled()
+    queue.resize(3)
+    queue.pause(1)
+    await asyncio.sleep(2)
+    assert not queue.take_nowait()
+    assert (queue.in_flight, queue.waiting) == (0, 1)
+    for _ in range(2):
+        queue.hold_back(False)
+    await task
+    assert queue.in_flight == 1
+
+
+@pytest.mark.virtual_clock
+async def test_a_pause_outlasts_the_end_of_holding_back() -> None:
+    queue = new_queue(1)
+    queue.hold_back(True)
+    queue.pause(5)
+    started = queue.now()
+    queue.hold_back(False)
+    await queue.take()
+    assert queue.now() - started == 5
+
+
+@pytest.mark.virtual_clock
+async def test_clearing_names_who_waits_the_due_ones_first() -> None:
+    """The queue is of use afterwards, also when the first of them waited for its companion."""
+    queue, threads = new_queue(1), Threads(0)
+    loop = asyncio.get_running_loop()
+    waiters: list[asyncio.Future[PermitQueue]] = [loop.create_future() for _ in range(3)]
+    queue.join(waiters[1], needs=threads)
+    queue.join(waiters[2])
+    queue.join(waiters[0], again=True, needs=threads)
+    assert queue.clear() == waiters
+    assert queue.clear() == []
+    assert queue.waiting == 0
+    assert queue.take_nowait()
+    assert not any(waiter.done() for waiter in waiters)
+
+
+class TwoQueuesAndThreads(RuleBasedStateMachine):
+    """Two queues and a companion under random demand: nothing is lost, nothing given out twice, nobody forgotten."""
+
+    @initialize(limits=st.tuples(st.integers(0, 3), st.integers(0, 3)), free=st.integers(0, 3))
+    def start(self, limits: tuple[int, int], free: int) -> None:
+        self.loop = VirtualClockLoop()
+        self.queues = [PermitQueue(self.loop, limit) for limit in limits]
+        self.threads = Threads(free)
+        self.total = free
+        self.tasks: list[asyncio.Task[None]] = []
+        self.holding: list[tuple[PermitQueue, bool]] = []
+
+    @rule(order=st.sampled_from([(0,), (1,), (0, 1), (1, 0)]), needs=st.booleans(), again=st.booleans())
+    def join(self, order: tuple[int, ...], needs: bool, again: bool) -> None:
+        async def caller() -> None:
+            queues = [self.queues[number] for number in order]
+            companion = self.threads if needs else None
+            queue = await take_first(self.loop, *queues, again=again, needs=companion)
+            self.holding.append((queue, needs and queue is queues[0]))
+
+        self.tasks.append(self.loop.create_task(caller()))
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        alive = [task for task in self.tasks if not task.done()]
+        if alive:
+            data.draw(st.sampled_from(alive)).cancel()
+
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        if self.holding:
+            held = self.holding.pop(data.draw(st.integers(0, len(self.holding) - 1)))
+            self.end(held)
+
+    def end(self, held: tuple[PermitQueue, bool]) -> None:
+        queue, companion = held
+        queue.give_back()
+        if companion:
+            self.threads.give_back()
+
+    @rule(which=st.integers(0, 1), limit=st.integers(0, 3))
+    def resize(self, which: int, limit: int) -> None:
+        self.queues[which].resize(limit)
+
+    @rule(which=st.integers(0, 1), on=st.booleans())
+    def hold_back(self, which: int, on: bool) -> None:
+        self.queues[which].hold_back(on)
+
+    @rule(which=st.integers(0, 1), seconds=st.sampled_from([0.5, 1.0]))
+    def pause(self, which: int, seconds: float) -> None:
+        self.queues[which].pause(seconds)
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.settle(seconds)
+        for queue in self.queues:
+            held = sum(each is queue for each, _ in self.holding)
+            assert queue.in_flight == held
+        assert self.threads.free == self.total - sum(companion for _, companion in self.holding)
+
+    def settle(self, seconds: float = 0.0) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.loop.run_until_complete(settled())
+
+    def teardown(self) -> None:
+        if not hasattr(self, "loop"):
+            return
+        for queue in self.queues:
+            queue.hold_back(False)
+            queue.resize(1)
+        self.total += 1
+        self.threads.give_back()
+        for _ in range(2 * len(self.tasks) + 2):
+            self.settle(1.0)
+            holding, self.holding = self.holding, []
+            for held in holding:
+                self.end(held)
+        assert all(task.done() for task in self.tasks), "somebody was forgotten in a queue"
+        assert [queue.in_flight for queue in self.queues] == [queue.waiting for queue in self.queues] == [0, 0]
+        assert self.threads.free == self.total
+        self.loop.close()
+
+
+TwoQueuesAndThreads.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTwoQueuesAndThreads = TwoQueuesAndThreads.TestCase

@@ -8,12 +8,14 @@ The record is written by the loop thread only. Other threads may read it.
 """
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 from penstock.errors import UsageError
+from penstock.outcome import Outcome
 
+I = TypeVar("I")  # noqa: E741  # the item
 T = TypeVar("T")
 
 
@@ -23,6 +25,12 @@ class Host(Protocol):
     async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
 
     async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+    async def compute_each(self, fn: Callable[[I], T], items: Iterable[I], /) -> list[Outcome[T]]: ...
+
+    async def to_process(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+    def from_thread(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class RunningJob:
@@ -51,6 +59,21 @@ class RunningJob:
             return f"<job {self.name} key={reprlib.repr(self.key)}>"
         return f"<job {self.name} item {self.number}>" if self.number else f"<job {self.name}>"
 
+
+class Lease(Protocol):
+    """What a job has checked out; a thread may go on using it after the job has let go. Loop thread only."""
+
+    def hold(self) -> None:
+        """An abandoned call still uses it."""
+        ...
+
+    def release(self) -> None:
+        """That call has really ended."""
+        ...
+
+
+leases: ContextVar[tuple[Lease, ...]] = ContextVar("penstock_leases", default=())
+"""What is checked out in this context. Whoever abandons a call in a thread holds them until it ends."""
 
 _current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=None)
 

@@ -50,6 +50,7 @@ _CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)
 _TRANSIENT = (
     ConnectionError,
     TimeoutError,
+    concurrent.futures.BrokenExecutor,  # a worker died; its pool is replaced
     socket.gaierror,
     asyncio.IncompleteReadError,
     aiohttp.ClientConnectionError,
@@ -61,21 +62,34 @@ _WRONG_PEER = (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprin
 
 
 def classify(error: BaseException) -> FailureKind:
-    """Say what kind of failure `error` is.
+    """Say what kind of failure `error` is. Any thread.
 
-    The one place that knows. Statuses are read from `HttpStatusError` and `aiohttp.ClientResponseError`; connection
+    The one place that knows. An error may say it itself: an attribute `failure_kind`, of the exception or of its class,
+    that is a `FailureKind` or its word is believed before anything else but a cancellation. So a class of your own is
+    retried by default once it says what it is:
+
+        class Busy(Exception):
+            failure_kind = FailureKind.THROTTLED
+
+    Anything else by that name is ignored, also a property that raises.
+
+    Without it: statuses are read from `HttpStatusError` and `aiohttp.ClientResponseError`; connection
     trouble, failed name resolution and time-outs are transient, except a peer that cannot prove who it is; errors of
     the program are bugs; everything unknown is permanent, because asking again without a reason is how a client hurts
     a service.
 
     `RuntimeError` is a bug when it is raised as such: so the interpreter and its libraries say that they are used
-    wrongly. Classes derived from it say anything (a broken process pool, a device out of memory) and are unknown.
+    wrongly. Classes derived from it say anything (a device out of memory) and are unknown; that of a broken process
+    pool is transient, since its executor starts new processes.
     `ValueError` is no bug: most often it is said of data, such as JSON that is none. Nor is an `OSError` that has
     nothing to do with connections, such as a missing file. A library with connection errors of its own (`requests`)
     is unknown here: name them in `Retry(on=...)`.
     """
     if isinstance(error, _CANCELLED):
         return FailureKind.CANCELLED
+    told = _kind_told_by(error)
+    if told is not None:
+        return told
     if isinstance(error, HttpStatusError):
         return _classify_status(error.status, hinted=error.retry_after is not None)
     if isinstance(error, aiohttp.ClientResponseError):
@@ -88,6 +102,14 @@ def classify(error: BaseException) -> FailureKind:
     if isinstance(error, _BUGS) or type(error) in _BUGS_THEMSELVES:
         return FailureKind.BUG
     return FailureKind.PERMANENT
+
+
+def _kind_told_by(error: BaseException) -> FailureKind | None:
+    try:
+        told = getattr(error, "failure_kind", None)
+        return FailureKind(told) if isinstance(told, str) else None
+    except Exception:  # noqa: BLE001  # a property of the user's, or a word that is no kind: the error itself matters more
+        return None
 
 
 def _classify_status(status: int, *, hinted: bool) -> FailureKind:

@@ -1,29 +1,64 @@
-"""A number of permits, and one fair queue of those who wait for them: what gates and slots hand out.
+"""A number of permits, and one fair queue of those who wait for them: what gates, slots and lanes hand out.
 
 Purpose: admit at most `limit` at once, first in, first out, with retries that are due before fresh work, and nobody
 while a pause lasts. What is waited for is checked at the head of one queue and taken in one step, so no permit is ever
-held by someone who waits for something else.
+held by someone who waits for something else: who needs a thread as well (a `Companion`) gets both together.
 
 Guarantees: a permit is either taken by a caller that runs, or free. A waiter that is cancelled in the very tick in
 which it was admitted hands its permit on. A cancelled waiter leaves nothing behind, however long a pause lasts.
 
-All of it belongs to the loop thread; nothing here may be called from another.
+All of it belongs to the loop thread; nothing here may be called from another, but for `admit_soon`.
 
 An `asyncio.Semaphore` would count as well, but it cannot be taken outside a coroutine, cannot put a due retry before
-fresh work, and cannot hold its queue back while a server asks for a pause without letting late comers overtake.
+fresh work, cannot change its number, and cannot hold its queue back without letting late comers overtake.
 """
 
 import asyncio
 from collections import OrderedDict
-from typing import TypeAlias
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Protocol, TypeAlias
 
-_Line: TypeAlias = "OrderedDict[asyncio.Future[PermitQueue], None]"
+
+class Waiter(Protocol):
+    """Who waits in a queue: a future, or what behaves like one here."""
+
+    def done(self) -> bool:
+        """True when it does not want the permit any more."""
+        ...
+
+    def set_result(self, queue: "PermitQueue", /) -> None:
+        """It has a permit of `queue`, and its companion's."""
+        ...
+
+
+class Companion(Protocol):
+    """Something scarce that some waiters need together with their permit, such as a thread."""
+
+    def take_nowait(self) -> bool:
+        """Take one if there is one."""
+        ...
+
+    def give_back(self) -> None:
+        """Return one that was not used."""
+        ...
+
+    def when_free(self, tell: Callable[[], None], /) -> None:
+        """Call `tell` once, in any thread, when one may be free."""
+        ...
+
+
+_Line: TypeAlias = "OrderedDict[Waiter, Companion | None]"
 
 
 class PermitQueue:
     """`limit` permits, and who waits for them."""
 
-    __slots__ = ("_due", "_fresh", "_loop", "_paused_until", "_resume", "in_flight", "limit", "now")
+    __slots__ = (
+        "_asked", "_due", "_fresh", "_held", "_held_back", "_loop", "_paused_until", "_resume", "_stuck", "in_flight",
+        "limit", "now",
+    )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop = loop
@@ -32,6 +67,14 @@ class PermitQueue:
         self.in_flight = 0
         self._fresh: _Line = OrderedDict()
         self._due: _Line = OrderedDict()
+        self._held = False
+        """Nobody is admitted, for one of the reasons that follow."""
+        self._stuck = False
+        """The first in line waits for its companion."""
+        self._asked: set[Companion] = set()
+        """Who is going to tell when there is one."""
+        self._held_back = False
+        """Somebody else has said so."""
         self._paused_until = 0.0
         self._resume: asyncio.TimerHandle | None = None
 
@@ -39,6 +82,11 @@ class PermitQueue:
     def waiting(self) -> int:
         """How many wait for a permit."""
         return len(self._fresh) + len(self._due)
+
+    @property
+    def first(self) -> Waiter | None:
+        """Who is the next to be admitted."""
+        return next(iter(self._due or self._fresh), None)
 
     @property
     def idle(self) -> bool:
@@ -50,26 +98,53 @@ class PermitQueue:
         """Seconds until the pause ends; 0 when there is none."""
         return 0.0 if self._resume is None else max(0.0, self._paused_until - self.now())
 
-    def take_nowait(self) -> bool:
-        """Take a permit if one is free. Nobody is before us then: who waits is admitted as soon as one is free."""
-        if self.in_flight >= self.limit or self._resume is not None:
+    def take_nowait(self, needs: Companion | None = None) -> bool:
+        """Take a permit if one is free, and with it what it `needs`.
+
+        Nobody is before us then: who waits is admitted as soon as that is possible.
+        """
+        if self.in_flight >= self.limit or self._held or (needs is not None and not needs.take_nowait()):
             return False
         self.in_flight += 1
         return True
 
-    async def take(self, *, again: bool = False) -> None:
+    async def take(self, *, again: bool = False, needs: Companion | None = None) -> None:
         """Wait for a permit and take it. With `again`, wait before all fresh work: the retry is due.
 
         Cancellation: the place in the queue is given up, and so is a permit granted in the same tick.
         """
-        if self.take_nowait():
-            return
-        await _admission(self._loop, [self._due if again else self._fresh])
+        if not self.take_nowait(needs):
+            await take_first(self._loop, self, again=again, needs=needs)
+
+    def join(self, waiter: Waiter, *, again: bool = False, needs: Companion | None = None) -> None:
+        """Wait in line. Whoever joins two queues leaves the other one when the first has admitted it."""
+        (self._due if again else self._fresh)[waiter] = needs
+        if not self._held:
+            self._admit()
+        elif again and self._stuck:
+            self._look_again()  # it is before who is stuck, and may need something else
+
+    def leave(self, waiter: Waiter) -> None:
+        """Wait no more, if it still does. Who has been admitted is not in line any more."""
+        was_first = self._stuck and waiter is self.first
+        if self._fresh.pop(waiter, _ABSENT) is _ABSENT:
+            self._due.pop(waiter, None)
+        if was_first:
+            self._look_again()  # the next one may need less
 
     def give_back(self) -> None:
         """Return a permit; the next in line gets it."""
         self.in_flight -= 1
-        self._admit()
+        if not self._held:
+            self._admit()
+        elif self._stuck:
+            self._look_again()  # a thread has come back with it, if it has been used by one
+
+    def resize(self, limit: int) -> None:
+        """Change the number of permits. Those beyond a smaller number are taken back as they come back."""
+        self.limit = limit
+        if not self._held:
+            self._admit()
 
     def pause(self, duration: float) -> None:
         """Admit nobody for `duration` seconds. A longer pause that is under way stays."""
@@ -80,40 +155,87 @@ class PermitQueue:
         if self._resume is not None:
             self._resume.cancel()
         self._resume = self._loop.call_at(until, self._end_pause)
+        self._held = True
+
+    def hold_back(self, on: bool) -> None:
+        """Admit nobody until it is switched off again."""
+        if on is not self._held_back:
+            self._held_back = on
+            self._look_again()
+
+    def clear(self) -> list[Waiter]:
+        """Send everybody away who waits, and name them."""
+        waiters = [*self._due, *self._fresh]
+        self._due.clear()
+        self._fresh.clear()
+        if self._stuck:
+            self._look_again()
+        return waiters
+
+    def admit_soon(self, companion: Companion) -> None:
+        """There may be one: look again whether somebody can be admitted. Any thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._told, companion)
+
+    def _told(self, companion: Companion) -> None:
+        self._asked.discard(companion)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        self._stuck = False
+        self._held = self._held_back or self._resume is not None
+        if not self._held:
+            self._admit()
 
     def _end_pause(self) -> None:
         self._resume = None
-        self._admit()
+        self._look_again()
 
     def _admit(self) -> None:
-        while self.in_flight < self.limit and self._resume is None:
+        while self.in_flight < self.limit and not self._held:
             queue = self._due or self._fresh
             if not queue:
                 return
-            admitted, _ = queue.popitem(last=False)
-            if not admitted.done():  # else it has been cancelled or admitted elsewhere, and its task has not run yet
-                self.in_flight += 1
-                admitted.set_result(self)
+            waiter, needs = queue.popitem(last=False)
+            if waiter.done():  # it has been cancelled or admitted elsewhere, and its task has not run yet
+                continue
+            if needs is not None and not needs.take_nowait():
+                queue[waiter] = needs
+                queue.move_to_end(waiter, last=False)
+                self._held = self._stuck = True
+                if needs not in self._asked:  # else it has been asked for somebody who has left since
+                    self._asked.add(needs)
+                    needs.when_free(partial(self.admit_soon, needs))
+                return
+            self.in_flight += 1
+            waiter.set_result(self)
 
 
-async def take_first(loop: asyncio.AbstractEventLoop, *queues: PermitQueue) -> PermitQueue:
+async def take_first(
+    loop: asyncio.AbstractEventLoop, *queues: PermitQueue, again: bool = False, needs: Companion | None = None
+) -> PermitQueue:
     """Wait for a permit of whichever queue has one first, behind who waits there already; return that queue.
+
+    `again` and `needs` are said of the first queue only.
 
     Cancellation: as for `PermitQueue.take`.
     """
-    return await _admission(loop, [queue._fresh for queue in queues])
-
-
-async def _admission(loop: asyncio.AbstractEventLoop, lines: list[_Line]) -> PermitQueue:
     admitted: asyncio.Future[PermitQueue] = loop.create_future()
-    for line in lines:
-        line[admitted] = None
+    queues[0].join(admitted, again=again, needs=needs)
+    for queue in queues[1:]:
+        if not admitted.done():
+            queue.join(admitted)
     try:
         return await admitted
     except BaseException:
         if admitted.done() and not admitted.cancelled():
             admitted.result().give_back()
+            if needs is not None and admitted.result() is queues[0]:
+                needs.give_back()
         raise
     finally:
-        for line in lines:
-            line.pop(admitted, None)
+        for queue in queues:
+            queue.leave(admitted)
+
+
+_ABSENT: Companion = object()  # type: ignore[assignment]  # a value that no line holds

@@ -45,6 +45,27 @@ async def test_fan_out_in_every_job_of_a_full_executor_ends(limit: int) -> None:
         assert await executor.map(tree, [4] * 10) == [4] * 10
 
 
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_fan_out_from_threads_of_a_full_executor_with_one_thread_ends(limit: int) -> None:
+    """Plain functions that map over children of their own: each child runs on the place of a thread that waits."""
+    async with Executor(limit=limit, threads=1) as executor:
+
+        def tree(depth: int) -> int:
+            if depth == 0:
+                return 1
+
+            async def children() -> int:
+                return sum(await executor.map(tree, [depth - 1] * 3))
+
+            leaves: int = executor.from_thread(children)
+            return leaves
+
+        assert await executor.map(tree, [3] * 4) == [27] * 4
+        threads = executor.statistics().threads
+        assert threads is not None
+        assert threads.calls == 4 * (1 + 3 + 9 + 27)
+
+
 async def test_a_child_takes_a_free_slot_before_its_parents() -> None:
     """Children run side by side as long as slots are free."""
     loop = asyncio.get_running_loop()

@@ -174,13 +174,17 @@ async def test_a_job_that_shuts_its_executor_down_does_not_wait_for_itself() -> 
 
 async def test_leaving_does_not_wait_for_an_abandoned_thread() -> None:
     """The job was cancelled; its thread cannot be, and does not hold the loop up."""
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
     loop = asyncio.get_running_loop()
+
+    def hang() -> None:
+        begun.set()
+        release.wait()
+
     try:
         async with Executor() as executor:
-            future = executor.submit(release.wait)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+            future = executor.submit(hang)
+            assert await asyncio.to_thread(begun.wait, 10)
             started = loop.time()
             future.cancel()
         assert loop.time() - started < 1

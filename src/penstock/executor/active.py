@@ -25,6 +25,8 @@ class ActiveJob(Holder):
     """True when the executor or a stream asked for the cancellation, so that it is no outcome."""
     given_up: bool = False
     """True when its outcome has been delivered although its task goes on."""
+    abandoned: bool = False
+    """True when it went on although it was cancelled, and was named for it: nobody waits for it any more."""
     settled: bool = False
     """True when the job has ended and waits for the items before it to be delivered."""
     result: Outcome[Any] | None = None

@@ -9,13 +9,11 @@ Everything belongs to the thread of the event loop on which it was opened.
 """
 
 import asyncio
-import os
-import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
-from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar, overload
+from types import CoroutineType, TracebackType
+from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import current_job
@@ -24,6 +22,7 @@ from penstock.events import Instrument
 from penstock.executor.active import ActiveJob
 from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
+from penstock.executor.lanes import Lanes
 from penstock.executor.running import PATIENCE, RunningJobs
 from penstock.executor.slots import Holder
 from penstock.executor.sources import Items, check_items, side_by_side
@@ -32,7 +31,9 @@ from penstock.executor.stream import Stream
 from penstock.gate.retry import check_timeout
 from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED, Report, Tally
-from penstock.threads.lane import Lane
+from penstock.threads.batch import Batch
+from penstock.threads.portal import Portal
+from penstock.threads.workers import cores
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -41,8 +42,6 @@ I = TypeVar("I")  # noqa: E741  # the item
 DEFAULT_LIMIT = 256
 """Job slots. Arbitrary, because: until gates measure it, twice a gate's default limit, so that half the jobs can
 process answers or wait for a retry while the gate stays busy."""
-DEFAULT_THREADS = 32
-"""Arbitrary, because: the cap of the stdlib's own default, `min(32, cpus + 4)`; a blocked thread costs no CPU."""
 
 
 class Executor:
@@ -58,7 +57,10 @@ class Executor:
 
     Args:
         limit: jobs that run at once. None is 256.
-        threads: blocking calls that run at once, in threads made when they are needed. None is 32.
+        threads: blocking calls that run at once. None measures how many: threads are made while calls wait for one
+            longer than 20 ms, and end when they are idle, up to a cap of 512 and of a MiB each in a quarter of the
+            memory (`penstock.threads.workers`).
+        processes: calls of `to_process` that run at once, each in a process. None is one for each core.
         instruments: who is told of each job's end; see `penstock.events.Instrument`.
 
     Raises:
@@ -66,16 +68,23 @@ class Executor:
     """
 
     def __init__(
-        self, *, limit: int | None = None, threads: int | None = None, instruments: Sequence[Instrument] = ()
+        self,
+        *,
+        limit: int | None = None,
+        threads: int | None = None,
+        processes: int | None = None,
+        instruments: Sequence[Instrument] = (),
     ) -> None:
         self._limit = _at_least_one("limit", limit, DEFAULT_LIMIT)
-        self._threads = _at_least_one("threads", threads, DEFAULT_THREADS)
-        self._instruments = _checked(instruments)
+        self._lanes = Lanes(
+            threads=None if threads is None else _at_least_one("threads", threads, 1),
+            processes=_at_least_one("processes", processes, cores()),
+        )
+        self._instruments = _checked_instruments(instruments)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: RunningJobs | None = None
         self._feeds: set[Feed] = set()
-        self._blocking: Lane | None = None
-        self._cpu: Lane | None = None
+        self._portal: Portal | None = None
         self._draining = False
         self._closed = False
 
@@ -90,6 +99,7 @@ class Executor:
             raise UsageError("this executor has been opened before. Make a new Executor() for each `async with`.")
         self._loop = asyncio.get_running_loop()
         self._jobs = RunningJobs(self._loop, self._limit, self._instruments)
+        self._portal = Portal()
         return self
 
     async def __aexit__(
@@ -277,20 +287,84 @@ class Executor:
             Exception: what `fn` raised.
         """
         self._check_open("to_thread")
-        if self._blocking is None:
-            self._blocking = Lane("thread", self._threads)
-        return await _value_of(self._blocking, fn, args, kwargs)
+        return _checked(fn, await self._lanes.blocking.call(fn, *args, **kwargs))
 
     async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run response processing off the loop and return its value: like `to_thread`, in the CPU lane.
 
         The lane has one thread where the interpreter has a GIL, since more of them only slow the loop down, and one
-        for each core where it has none. Blocking calls do not belong here.
+        for each core where it has none. Blocking calls do not belong here. While calls wait for it for longer than a
+        round trip takes, gates start no more round trips.
         """
         self._check_open("compute")
-        if self._cpu is None:
-            self._cpu = Lane("compute", _cores())
-        return await _value_of(self._cpu, fn, args, kwargs)
+        return _checked(fn, await self._lanes.cpu.call(fn, *args, **kwargs))
+
+    async def compute_each(self, fn: Callable[[I], T], items: Iterable[I], /) -> list[Outcome[T]]:
+        """`fn` of each item in the CPU lane, many of them in one hop: outcomes in the order of the items.
+
+        For steps of a few microseconds, of which the hop would take most. An error of one item is its outcome's and
+        nobody else's. Other calls have their turn in the lane every 20 ms.
+
+        **Cancellation**: items that have not begun are left. **Threads**: loop thread only; `items` is iterated in
+        the lane's thread.
+
+        Raises:
+            ClosedError: as `to_thread`.
+            UsageError: `fn` is an async function, or `items` is not iterable.
+            Exception: what iterating over `items` raised.
+        """
+        self._check_open("compute_each")
+        batch = Batch(*_check_batch(fn, items))
+        while not await self._lanes.cpu.call(batch):
+            pass
+        return batch.take()
+
+    async def to_process(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Run `fn` in another process and return its value: for processing that needs more than one core.
+
+        `fn` is a function of a module, and it, its arguments and its value can be pickled. Context variables do not go
+        along. A process starts when it is first needed, and imports the program's main module: a script guards its
+        start by `if __name__ == "__main__":`. A hop costs about as much as a fast HTTP request.
+
+        **Cancellation** as in `to_thread`; a process that still runs when the executor is closed is ended.
+        **Threads**: loop thread only.
+
+        Raises:
+            ClosedError: the executor is not open or has been shut down.
+            UsageError: `fn` cannot be sent to another process.
+            concurrent.futures.process.BrokenProcessPool: a process died, of this call or of one beside it; the next
+                call gets new ones. Transient.
+            Exception: what `fn` raised.
+        """
+        self._check_open("to_process")
+        return cast("T", await self._lanes.in_process(fn, args, kwargs))
+
+    @overload
+    def from_thread(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    @overload
+    def from_thread(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    def from_thread(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call `fn(*args, **kwargs)` on the loop, from a thread, and wait for its value.
+
+        `fn` is async or plain; a plain one must not block. It runs in a copy of the thread's context. While a thread
+        of this executor waits, its place is lent to the calls that are made for it, so that chains thread -> loop ->
+        thread go on, in a lane of one thread too: those calls run in this very thread.
+
+        Blocks. **Threads**: any but the loop's. When the caller of the call that this thread runs goes away, what was
+        asked for is cancelled. A thread that is none of this executor's does not keep it open.
+
+        Raises:
+            WrongThread: called on a thread that runs an event loop.
+            ClosedError: the executor is not open, or closed, or its loop is.
+            concurrent.futures.CancelledError: it was cancelled, for the reason above or on the loop.
+            Exception: what `fn` raised.
+        """
+        if self._portal is None:
+            self._opened()  # raises
+            raise AssertionError
+        return self._portal.call(fn, args, kwargs)
 
     def statistics(self) -> ExecutorStatistics:
         """What is going on. Loop thread only."""
@@ -302,8 +376,7 @@ class Executor:
             failed=dict(jobs.failed),
             cancelled=jobs.cancelled,
             ran=jobs.ran.snapshot(),
-            threads=None if self._blocking is None else self._blocking.statistics(),
-            cpu=None if self._cpu is None else self._cpu.statistics(),
+            **self._lanes.statistics(),
         )
 
     async def shutdown(self, wait: bool = True, *, cancel_futures: bool = False, timeout: float | None = None) -> None:
@@ -345,6 +418,7 @@ class Executor:
             self._close()
 
     async def _cancel(self, jobs: RunningJobs) -> None:
+        self._lanes.expect_to_close()
         for feed in list(self._feeds):
             feed.cancel()
         jobs.cancel()
@@ -367,10 +441,11 @@ class Executor:
                 wait.cancel()
 
     def _close(self) -> None:
+        if self._portal is not None:
+            self._portal.close()
+        if not self._closed:
+            self._lanes.close()
         self._closed = True
-        for lane in (self._blocking, self._cpu):
-            if lane is not None:
-                lane.close()
 
     def _feed(
         self, call: str, fn: Callable[..., Any], source: Items[Any], *, key: Callable[[Any], Any] | None,
@@ -437,9 +512,9 @@ class Executor:
         )
 
 
-async def _value_of(lane: Lane, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
-    value = await lane.call(fn, *args, **kwargs)
-    refuse_coroutine(value, name_of(fn))
+def _checked(fn: Callable[..., Any], value: T) -> T:
+    if type(value) is CoroutineType:
+        refuse_coroutine(value, name_of(fn))
     return value
 
 
@@ -465,10 +540,22 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
         return report()
 
 
-def _checked(instruments: Sequence[Instrument]) -> Sequence[Instrument]:
+def _checked_instruments(instruments: Sequence[Instrument]) -> Sequence[Instrument]:
     if not isinstance(instruments, Sequence) or not all(hasattr(instrument, "notify") for instrument in instruments):
         raise UsageError(f"instruments={instruments!r:.100}: expected a list of objects with a method notify(event).")
     return instruments
+
+
+def _check_batch(fn: Callable[..., Any], items: Any) -> tuple[Callable[..., Any], Iterable[Any]]:
+    check_function(fn, "executor.compute_each")
+    if is_async(fn):
+        raise UsageError(
+            f"compute_each({name_of(fn)}, ...) found an async function, expected a plain one: a thread has nothing to "
+            f"await it with. Write `await executor.map({name_of(fn)}, items)`."
+        )
+    if not isinstance(items, Iterable):
+        raise UsageError(f"compute_each(fn, {items!r:.100}): expected items, such as a list.")
+    return fn, items
 
 
 def _check_max_errors(max_errors: float | None) -> None:
@@ -488,8 +575,3 @@ def _at_least_one(name: str, value: int | None, default: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{name}={value!r}: expected a whole number of at least 1, or None for the default.")
     return value
-
-
-def _cores() -> int:
-    gil = getattr(sys, "_is_gil_enabled", lambda: True)()
-    return 1 if gil else os.cpu_count() or 1

@@ -109,8 +109,9 @@ class RunningJobs:
     def complain(self, which: Which = all_of_them) -> None:
         """Name the jobs that still run `PATIENCE` seconds after they were cancelled."""
         for job in self._tasks:
-            if job.given_up or not which(job):
+            if job.given_up or job.abandoned or not which(job):
                 continue
+            job.abandoned = True
             logger.error(
                 "%r goes on %g s after it was cancelled: it swallowed asyncio.CancelledError, which must be raised "
                 "again wherever it is caught. It is abandoned, and keeps its slot until it ends.",
@@ -123,7 +124,7 @@ class RunningJobs:
         return {
             task: job
             for job, task in self._tasks.items()
-            if task is not None and task is not this and not job.given_up and which(job)
+            if task is not None and task is not this and not (job.given_up or job.abandoned) and which(job)
         }
 
     async def _perform_in_turn(self, job: ActiveJob) -> Any:
@@ -190,7 +191,7 @@ class RunningJobs:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise JobTimeout(f"{job!r} did not end within {timeout:g} s") from error
+            raise JobTimeout(f"{job!r} did not end within {timeout:g} s{_why(error)}") from error
         finally:
             last.cancel()
         if scope.expired():
@@ -253,6 +254,12 @@ class RunningJobs:
             except Exception:
                 logger.exception("instrument %r failed; it is told nothing more", instrument)
                 self._instruments.remove(instrument)
+
+
+def _why(error: TimeoutError) -> str:
+    """What was noted on the cancellation behind a time-out: that the job waited in vain, for example."""
+    notes: list[str] = getattr(error.__cause__, "__notes__", [])
+    return "".join(f": {note}" for note in notes)
 
 
 def _retrieve(task: "asyncio.Task[Any]") -> None:

@@ -26,6 +26,8 @@ class ExecutorStatistics:
     """The lane for blocking calls; None before its first call."""
     cpu: LaneStatistics | None
     """The lane for response processing; None before its first call."""
+    processes: LaneStatistics | None
+    """The lane for `to_process`, whose threads each wait for a process; None before its first call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,9 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         if executor is None:
             executor = ThreadPoolExecutor(thread_name_prefix="asyncio")
             self.set_default_executor(executor)
-        submitted = executor.submit(func, *args)
+        submitted: Any = executor.submit(func, *args)
+        if asyncio.isfuture(submitted):
+            return submitted  # a lane's, which says itself when its threads are at work
         future = asyncio.wrap_future(submitted, loop=self)
         self._add_external_work(1)
         # After wrap_future has added its own callback: the result is posted to the loop before the work ends.
@@ -162,11 +164,19 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         Any thread. Another thread should enter before the loop has nothing left but to jump: declare the work where
         it is started, not where it runs. Does not block.
         """
-        self._add_external_work(1)
+        self.begin_external_work()
         try:
             yield
         finally:
-            self._end_external_work()
+            self.end_external_work()
+
+    def begin_external_work(self) -> None:
+        """As entering `external_work`, where its beginning and its end are in different places. Any thread."""
+        self._add_external_work(1)
+
+    def end_external_work(self) -> None:
+        """As leaving `external_work`: takes effect behind whatever this thread has posted to the loop before."""
+        self._end_external_work()
 
     def _add_external_work(self, amount: int) -> None:
         with self._external_lock:

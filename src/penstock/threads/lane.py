@@ -1,43 +1,54 @@
-"""A lane: threads for one kind of blocking call, entered from the loop.
+"""A lane: a named view of the worker threads, for one kind of blocking call.
 
-    await lane.call(fn, ...)      loop: permit -> run_in_executor -> thread: fn, in the caller's context
-                                  thread: call has really ended -> permit back -> loop: caller goes on
+    await lane.call(fn, ...)      loop: permit and thread in one step, else the lane's queue
+                                  thread: fn, in the caller's context
+                                  loop: the call is over -> permit back -> caller goes on
 
 Guarantees: never more than `limit` threads are busy, however many callers gave up waiting, because the permit comes
-back from the *concurrent* future's callback, when the thread has really ended, and not when the caller stops waiting.
-A call that is cancelled before its thread starts never starts. Context variables go into the thread. What would end
-more than the call (`StopIteration`, `SystemExit`, `KeyboardInterrupt`) comes back as an error. A lane that is closed
-wakes whoever waits for it; a thread that hangs keeps neither the close nor the interpreter's exit waiting.
+back when the thread has really ended and not when the caller stops waiting. First in, first out. A lane that is closed
+sends away whoever waits for it; a thread that hangs keeps neither the close nor the interpreter's exit waiting.
 
-The threads are private, since the loop's default executor also resolves DNS and must never be full of our calls, and
-daemons, which those of a `ThreadPoolExecutor` are not: the interpreter would wait for a call that nobody waits for.
-Which calls may be killed by its exit are thus the abandoned ones, and no others.
+The threads are shared by all lanes of the process (`workers.py`) and never the loop's default executor, which also
+resolves DNS and must never be full of our calls.
 
-`call` and `close` belong to the loop thread; `submit` is for `run_in_executor`. Workers know the queue and not the
-lane. Only the loop thread counts: a permit that is back means a worker that is idle or about to be, so a call needs a
-new thread exactly when all there are have a call.
+Without a limit of its own a lane measures: every 50 ms `staffing.py` decides how many calls may run, from how long they
+wait, arrive and take. The timer runs only while there is something to decide.
+
+A lane is a real `concurrent.futures.Executor`: `lane.submit(fn)` in any thread gives a `concurrent.futures.Future`, and
+`loop.run_in_executor(lane, fn)` works on any loop. `call` is the short way for its own loop. It goes through
+`run_in_executor` as well, by a door whose `submit` gives a future of the loop: such a one is handed through as it is,
+and needs neither a lock nor a wake-up of its own.
+
+`call`, `close` and `statistics` belong to the loop thread.
 """
 
-import asyncio
-import contextvars
-import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Executor as FuturesExecutor
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-from queue import SimpleQueue
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar
 
 from penstock.callables import name_of
-from penstock.context import current_job
 from penstock.errors import ClosedError
 from penstock.outcome import contained
+from penstock.threads.backlog import Backlog
+from penstock.threads.crossing import (
+    AbandonedCall,
+    Call,
+    Crossing,
+    Door,
+    Place,
+    SubmittedCall,
+    asking_calls,
+    enter,
+    out_of_threads,
+    waited_for,
+)
+from penstock.threads.measured import LEAST_PLACES, Measured
+from penstock.threads.workers import SHARED, Worker, Workers
 
 T = TypeVar("T")
-
-_Work: TypeAlias = tuple[Future[Any], Callable[["_Call"], Any], "_Call"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,155 +56,321 @@ class LaneStatistics:
     """A lane as it was at the time of asking."""
 
     limit: int
+    """Calls that may run at once; of a lane that measures, at this moment."""
     busy: int
     """Calls that have a thread, abandoned ones included."""
     waiting: int
     """Callers that wait for a thread."""
     abandoned: int
     """Calls whose caller stopped waiting and whose thread still runs."""
+    abandoned_calls: tuple[AbandonedCall, ...]
+    """These calls, the oldest first."""
     calls: int
     """Calls that have got a thread so far."""
+    given_up: int
+    """Calls so far that were abandoned, whether their thread has ended since or not."""
+    never_started: int
+    """Calls so far whose caller stopped waiting before they began."""
 
 
-class Lane(FuturesExecutor):
-    """At most `limit` threads for blocking calls, made when they are needed."""
+class Lane(Executor):
+    """At most `limit` blocking calls at once; None measures how many.
 
-    def __init__(self, name: str, limit: int) -> None:
-        self._work: SimpleQueue[_Work | None] = SimpleQueue()
-        self._threads = 0
-        self._name = name
-        self._limit = limit
-        self._permits = asyncio.Semaphore(limit)
-        self._loop = asyncio.get_running_loop()
+    With `processing`, calls that pile up hold back the gates of the loop (`backlog.py`).
+    """
+
+    def __init__(self, name: str, limit: int | None, *, processing: bool = False, workers: Workers = SHARED) -> None:
+        self.limit = LEAST_PLACES if limit is None else limit
+        self.books = Crossing(name, workers)
+        self.asked = 0
+        """Calls so far."""
+        self._loop = self.books.loop
+        self._workers = workers
+        self._lock = self.books.lock
+        self._queue: OrderedDict[Call, None] = OrderedDict()
+        self._runners = 0
+        """Threads that go through the queue: the permits that are taken."""
+        self._on_its_way = False
+        """A thread has been summoned that has not taken its first call yet."""
+        self._no_thread = False
+        """The set of threads has said that there is none left; it will tell."""
+        self._nested: dict[Call, list[Place]] = {}
+        """Calls that threads wait for, and the places of this lane that may run them. Loop thread only."""
+        self._relief: Call | None = None
+        """The last of them that was given a thread beyond the lane's own."""
+        self.books.changed = self._relieve
         self._closed = False
-        self._busy = self._waiting = self._abandoned = self._calls = 0
+        self._door = Door(self._enter)
+        self._measured = Measured(self, workers) if limit is None else None
+        if self._measured is not None:
+            self.books.recovered = self._measured.watch
+        self._backlog = Backlog(self) if processing else None
 
     async def call(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run `fn(*args, **kwargs)` in a thread of this lane and return its value.
 
         **Cancellation**: a call that waits for a thread is given up; one that runs is abandoned: the caller goes on at
-        once, the thread cannot be stopped and keeps its permit until it ends.
+        once, the thread cannot be stopped and keeps its permit until it ends. Where all permits are held by such
+        calls, the `CancelledError` of one that waited in vain carries a note that says so.
 
         Raises:
             ClosedError: the lane is closed.
+            DeadlockError: threads wait for this call, and there is none left for it.
             Exception: what `fn` raised.
         """
-        job = current_job()
-        asked = self._loop.time()
-        self._waiting += 1
+        call = Call(self.books, fn, args, kwargs)
         try:
-            await self._permits.acquire()
-        finally:
-            self._waiting -= 1
-            if job is not None:
-                job.waited += self._loop.time() - asked
-        if self._closed:
-            self._permits.release()  # for the next one that waits
-            raise ClosedError(f"{name_of(fn)} was to run in a thread, but its executor has been shut down.")
-        call = _Call(fn, args, kwargs)
-        try:
-            return cast("T", await self._loop.run_in_executor(self, contextvars.copy_context().run, call))
-        except asyncio.CancelledError:
-            if not call.ended:
-                call.abandoned = True
-                self._abandoned += 1
+            value: T = await enter(self._loop, self._door, call)
+        except BaseException as error:
+            if not call.over:
+                self._left(call, error)
             raise
+        finally:
+            if call.job is not None and call.asked:
+                call.job.waited += (call.began or self._loop.time()) - call.asked
+        return value
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """For `run_in_executor` alone, which calls it on the loop thread with the permit already taken."""
-        (call,) = args
-        future: Future[T] = Future()
+        """Run `fn(*args, **kwargs)` in a thread of this lane; the standard library's contract. Any thread.
+
+        Never blocks. What waits for a thread is queued without a bound. A lane that is closed, or whose loop is,
+        refuses by `ClosedError`, raised here or set as the future's error.
+        """
+        call = SubmittedCall(self.books, fn, args, kwargs)
+        future: Future[T] | None = call.future
+        assert future is not None, "only a call that is over has forgotten it"
         try:
-            if self._busy == self._threads:
-                self._add_thread((future, fn, call))
-            else:
-                self._work.put((future, fn, call))
-        except BaseException:
-            self._permits.release()
-            raise
-        self._busy += 1
-        self._calls += 1
-        future.add_done_callback(partial(self._ended, call))
+            self._loop.call_soon_threadsafe(self._enter, call)
+        except RuntimeError as error:
+            raise _closed(call) from error
         return future
 
-    def close(self) -> None:
-        """Take no more calls, refuse those that wait, and let threads end. Never blocks. Closing twice is fine."""
-        self._closed = True
-        self._permits.release()
-        self._dismiss()
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more calls; see `close`. Any thread. Never waits: the threads are not the lane's."""
+        with suppress(RuntimeError):  # the loop is closed: so is the lane
+            self._loop.call_soon_threadsafe(self.close)
 
-    def __del__(self) -> None:
-        self._dismiss()
+    def close(self) -> None:
+        """Take no more calls and refuse those that wait. Never blocks. Closing twice is fine."""
+        self._closed = True
+        with self._lock:
+            waiting = list(self._queue)
+        for call in waiting:
+            self._send_away(call, _closed(call))
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a thread."""
+        return len(self._queue)
+
+    @property
+    def abandoned(self) -> tuple[AbandonedCall, ...]:
+        """Calls that run though nobody waits for them, the oldest first."""
+        return self.books.abandoned()
+
+    @property
+    def in_vain(self) -> str | None:
+        """Why calls wait in vain, when all permits are held by calls that are abandoned."""
+        return self.books.in_vain(self, self.limit)
+
+    def oldest_wait(self, now: float) -> float:
+        """Seconds that the next call has waited; 0 when none does."""
+        with self._lock:
+            first = next(iter(self._queue), None)
+        return 0.0 if first is None else now - first.asked
+
+    def resize(self, limit: int) -> None:
+        """Change the number of calls that may run at once. More than a smaller number end as their calls do."""
+        with self._lock, suppress(RuntimeError):  # no thread to be had: the next call tries again
+            self.limit = limit
+            self._summon()
 
     def statistics(self) -> LaneStatistics:
         """How busy the lane is."""
-        return LaneStatistics(self._limit, self._busy, self._waiting, self._abandoned, self._calls)
+        books, abandoned = self.books, self.abandoned
+        return LaneStatistics(
+            limit=self.limit,
+            busy=books.busy,
+            waiting=self.waiting,
+            abandoned=len(abandoned),
+            abandoned_calls=abandoned,
+            calls=books.started,
+            given_up=books.given_up,
+            never_started=books.never_started,
+        )
 
-    def _add_thread(self, first: _Work) -> None:
-        # Its first call is handed over: in the queue it would stay behind if no thread could be started.
-        name = f"penstock-{self._name}_{self._threads}"
-        threading.Thread(target=_work, args=([first], self._work), name=name, daemon=True).start()
-        self._threads += 1
+    # --- the way in; loop thread ---
 
-    def _dismiss(self) -> None:
-        # Takes no lock that a garbage collection might find held: SimpleQueue.put may be called in a finalizer.
-        while self._threads:
-            self._threads -= 1
-            self._work.put(None)
-
-    def _ended(self, call: "_Call", _future: Future[Any]) -> None:
-        # In the worker thread, or in whichever thread cancelled the call. A loop that is closed needs no permit back.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._give_back, call)
-
-    def _give_back(self, call: "_Call") -> None:
-        call.ended = True
-        self._abandoned -= call.abandoned
-        self._busy -= 1
-        self._permits.release()
-
-
-class _Call:
-    """One blocking call. The flags belong to the loop thread."""
-
-    __slots__ = ("abandoned", "args", "ended", "fn", "kwargs")
-
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.fn = fn
-        self.args = args
-        self.kwargs = kwargs
-        self.ended = False
-        self.abandoned = False
-
-    def __call__(self) -> Any:
+    def _enter(self, call: Call) -> None:
+        """Queue the call, and see that a thread comes."""
+        if self._closed:
+            call.refuse(_closed(call))
+            return
+        call.home = self
+        call.asked = self._loop.time()
+        self.asked += 1
+        nested = waited_for(call.context)
         try:
-            return self.fn(*self.args, **self.kwargs)
-        except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
-            harmless = contained(error, name_of(self.fn))
-            try:
-                if harmless is error:
-                    raise
-                raise harmless from harmless.__cause__
-            finally:
-                del harmless  # its traceback holds this frame: a cycle
+            with self._lock:
+                self._queue[call] = None
+                self._summon(nested)
+        except BaseException as error:  # noqa: BLE001  # no thread can be started: it belongs to who waits for the call
+            self._send_away(call, contained(error, call.name))
+        if nested and not call.over:
+            self._offer(call)
+            self._relieve()
+        if self._measured is not None:
+            self._measured.watch()
+        if self._backlog is not None and self._queue:
+            self._backlog.watch()
+
+    def _offer(self, call: Call) -> None:
+        """A thread waits for this call: it may run on the place of whoever waits, and must not wait for a thread."""
+        places = [asking.place for asking in asking_calls(call.context, self) if asking.place is not None]
+        for place in places:
+            place.offer(call)
+        self._nested[call] = places
+        if not places and self._no_thread and not self._on_its_way and self._runners < self.limit:
+            self._send_away(call, out_of_threads(call))
+        call.give_back = lambda: self._withdraw(call)
+
+    def _withdraw(self, call: Call) -> None:
+        """It is over: it may have run on one of the places, and wait still elsewhere."""
+        for place in self._nested.pop(call, ()):
+            place.withdraw(call)
+        with self._lock:
+            self._queue.pop(call, None)
+
+    def _relieve(self) -> None:
+        """When all threads of this lane wait for the loop, give a further one to a call that threads wait for.
+
+        Chains over two lanes in opposite directions would wait for each other otherwise: each thread has the place
+        that the other one's call needs, and is not the one that waits for it.
+        """
+        if not self._nested or (self._relief is not None and self._relief.unclaimed):
+            return
+        with self._lock:
+            idle = not self._on_its_way and self._runners >= self.limit and self.books.busy <= len(self.books.waiting)
+            if not idle or any(place.has_work for place in self.books.waiting):
+                return
+            call = next((call for call in self._nested if call.unclaimed), None)
+        if call is None:
+            return
+        if not self._workers.take_nowait(spare=True):
+            self._send_away(call, out_of_threads(call))
+            return
+        self._relief = call
+        self.books.begin_external_work()
+        try:
+            self._workers.run(_Relief(call))
+        except BaseException as error:  # noqa: BLE001  # no thread can be started: it belongs to who waits for the call
+            self.books.end_external_work()
+            self._send_away(call, contained(error, call.name))
+
+    def _send_away(self, call: Call, error: Exception) -> None:
+        self._withdraw(call)
+        if call.claim():
+            call.refuse(error)
+
+    def _left(self, call: Call, error: BaseException) -> None:
+        """The caller of a call has gone."""
+        self._withdraw(call)
+        call.leave()
+        in_vain = self.in_vain
+        if in_vain is not None and not call.abandoned:
+            error.add_note(in_vain)
+        self.books.tell_once(in_vain)
+
+    # --- threads that go through the queue; any thread, with the lock held ---
+
+    def _summon(self, spare: bool = False) -> None:
+        """See that a further thread comes, if one may and is needed."""
+        if self._on_its_way or self._runners >= self.limit or not self._queue:
+            return
+        if not self._workers.take_nowait(spare=spare):
+            if not self._no_thread:
+                self._no_thread = True
+                self._workers.when_free(self._thread_is_free)
+            return
+        self._runners += 1
+        self._on_its_way = True
+        self.books.begin_external_work()
+        try:
+            self._workers.run(_Runner(self))
+        except BaseException:
+            self._runners -= 1
+            self._on_its_way = False
+            self.books.end_external_work()
+            raise
+
+    def _thread_is_free(self) -> None:
+        with self._lock, suppress(RuntimeError):
+            self._no_thread = False
+            self._summon()
+
+    def _take(self) -> Call | None:
+        """The next call, for a thread that is free; None ends it."""
+        while self._queue and self._runners <= self.limit:
+            call, _ = self._queue.popitem(last=False)
+            if call.claim():
+                self.books.started += 1
+                if self._queue:
+                    with suppress(RuntimeError):  # no thread to be had: this one comes back
+                        self._summon()
+                return call
+        self._runners -= 1
+        return None
 
 
-def _work(first: list[_Work], calls: "SimpleQueue[_Work | None]") -> None:
-    """What a worker thread does: run calls until it is told to end."""
-    work: _Work | None = first.pop()  # nothing of a call may stay alive while the thread is idle
-    while work is not None:
-        _run(*work)
-        del work
-        work = calls.get()
+class _Relief:
+    """One call in a thread beyond the lane's own, which all wait."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._claimed = False
+
+    def __call__(self, worker: Worker) -> None:
+        self._claimed = self._call.claim_for_thread()
+        if self._claimed:
+            self._call.run_claimed(worker)
+
+    def land(self) -> None:
+        if self._claimed:
+            self._call.crossing.land(self._call)
+        self._call.crossing.end_external_work()
 
 
-def _run(future: Future[Any], fn: Callable[["_Call"], Any], call: "_Call") -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        value = fn(call)
-    except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
-        future.set_exception(error)
-        del future  # its exception's traceback holds this frame: a cycle
-    else:
-        future.set_result(value)
+class _Runner:
+    """What a thread does for a lane: one call after the other, until none is left."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._last: Call | None = None
+
+    def __call__(self, worker: Worker) -> None:
+        lane, lock = self._lane, self._lane._lock
+        with lock:
+            lane._on_its_way = False
+            call = lane._take()
+        while call is not None:
+            worker.call = call
+            call.run()
+            with lock:
+                lane.books.count_end(call)
+                done, call = call, lane._take()
+            if call is None:
+                self._last = done
+            else:
+                lane.books.land(done)
+            del done  # nothing of a call may stay alive while the next one runs
+        worker.call = None
+
+    def land(self) -> None:
+        """The last call lands when the thread counts as free: its caller may be about to make the next one."""
+        if self._last is not None:
+            self._lane.books.land(self._last)
+        self._lane.books.end_external_work()
+
+
+def _closed(call: Call) -> ClosedError:
+    return ClosedError(f"{name_of(call.fn)} was to run in a thread, but its executor has been shut down.")

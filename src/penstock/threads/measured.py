@@ -1,0 +1,123 @@
+"""A lane's number of places, measured: the timer that asks `staffing.py`.
+
+    a call is made -> watch() -> every TICK: counts since the last one -> Staffing -> PermitQueue.resize
+
+Guarantees: the timer runs only while there is something to decide, so an idle loop stays idle and a virtual clock comes
+to its end. While every place is held by a call that nobody waits for any more, none is added: what does not end would
+take them as well. Loop thread only.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from penstock import clock
+from penstock.threads.crossing import Crossing
+from penstock.threads.staffing import TICK, Observation, Staffing
+from penstock.threads.workers import Workers, usable_cores
+
+if TYPE_CHECKING:
+    import asyncio
+
+LEAST_PLACES = 4
+"""Arbitrary, because: as many calls as no machine minds."""
+LAGS_REMEMBERED = 5
+"""Ticks whose median is the loop's lag."""
+
+
+class Places(Protocol):
+    """A lane, as far as it is measured."""
+
+    limit: int
+    asked: int
+    books: Crossing
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def in_vain(self) -> str | None: ...
+
+    def oldest_wait(self, now: float) -> float: ...
+
+    def resize(self, limit: int) -> None: ...
+
+
+class Measured:
+    """Sets the number of places of a lane that has no limit of its own."""
+
+    def __init__(self, lane: Places, workers: Workers) -> None:
+        self._lane = lane
+        self._loop = lane.books.loop
+        self._most = max(lane.limit, workers.most)
+        self._staffing = Staffing(least=lane.limit, most=self._most)
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._lags: deque[float] = deque(maxlen=LAGS_REMEMBERED)
+        self._burnt = _BurntCpu(workers)
+        self._last = self._counts()
+
+    def watch(self) -> None:
+        """A call has been made, or an abandoned one is over: there may be something to decide."""
+        if self._timer is None:
+            self._lags.clear()
+            self._burnt.share()  # what was burnt before is no reason to add no place now
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._due = self._loop.time() + TICK
+        self._timer = self._loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        lane, now = self._lane, self._loop.time()
+        self._lags.append(now - self._due)
+        counts, last = self._counts(), self._last
+        self._last = counts
+        asked, started, ended, seconds = (new - old for new, old in zip(counts, last, strict=True))
+        in_vain = lane.in_vain is not None
+        places = self._staffing.tick(
+            Observation(
+                now=now,
+                arrivals=int(asked),
+                started=int(started),
+                ended=int(ended),
+                held=seconds,
+                busy=lane.books.busy,
+                waiting=0 if in_vain else lane.waiting,
+                oldest_wait=0.0 if in_vain else lane.oldest_wait(now),
+                cpu=self._burnt.share(),
+                lag=sorted(self._lags)[len(self._lags) // 2],
+            )
+        )
+        if places != lane.limit:
+            lane.resize(places)
+        if self._staffing.settled or lane.books.busy >= self._most:
+            self._timer = None
+        else:
+            self._set_timer()
+
+    def _counts(self) -> tuple[float, float, float, float]:
+        """Totals so far."""
+        books = self._lane.books
+        return self._lane.asked, books.started, books.ended, books.seconds
+
+
+class _BurntCpu:
+    """What share of the usable cores the worker threads burn."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._asked = clock.steady()
+        self._before: dict[int, float] = {}
+
+    def share(self) -> float:
+        """Since it was last asked."""
+        now = clock.steady()
+        elapsed, self._asked = now - self._asked, now
+        after = {
+            worker.cpu_clock: used
+            for worker in self._workers.threads
+            if worker.cpu_clock is not None and (used := clock.cpu_time(worker.cpu_clock)) is not None
+        }
+        burnt = sum(used - self._before.get(cpu_clock, 0.0) for cpu_clock, used in after.items())
+        self._before = after
+        return min(1.0, burnt / elapsed / usable_cores()) if elapsed > 0 else 0.0
