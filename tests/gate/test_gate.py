@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import suppress
@@ -12,8 +13,9 @@ import pytest
 
 import penstock
 from penstock import AttemptTimeout, Executor, FailureKind, Gate, HttpStatusError, Retry, UsageError, WrongLoop
-from penstock.gate.gate import DEFAULT_LIMIT, MOST_IDLE_KEYS, _FunctionCall
+from penstock.gate.gate import DEFAULT_LIMIT, MOST_IDLE_KEYS, _AsyncCall
 from penstock.testing import VirtualClockLoop, act_at_every_step, cancel_at_every_step, run_in_virtual_time
+from penstock.threads.workers import Worker
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -341,7 +343,7 @@ async def test_an_attempt_that_could_only_start_too_late_is_not_made() -> None:
     script = Script()
     service = gate.service(None)
     with pytest.raises(AttemptTimeout, match="could not start in time"):
-        await gate.begin(_FunctionCall(script, (), {}), service, asked=service.now() - 6)
+        await gate.begin(_AsyncCall(script, (), {}), service, asked=service.now() - 6)
     assert (service.attempts, service.in_flight) == (0, 0)
 
 
@@ -423,6 +425,22 @@ async def test_an_error_keeps_nothing_of_the_job_alive_once_it_is_dropped() -> N
         gc.enable()
 
 
+async def test_a_round_trip_that_must_not_be_repeated_is_not() -> None:
+    """It knows better than any policy; the server's wait is heeded all the same."""
+
+    class Once(_AsyncCall):
+        def repeatable(self, _error: Exception) -> bool:
+            return False
+
+    gate, script, started = Gate("g"), Script(throttled(10)), now()
+    with pytest.raises(HttpStatusError) as caught:
+        await gate.perform(Once(script, (), {}))
+    assert "gave up: it may have been carried out, and is not declared idempotent" in caught.value.__notes__[0]
+    assert len(script.started) == 1
+    await gate.call(Script())
+    assert 10 <= now() - started <= 11
+
+
 async def test_an_error_of_the_policy_is_raised_and_holds_no_permit() -> None:
     """A predicate is the user's code too."""
 
@@ -484,10 +502,38 @@ async def test_a_partial_of_an_async_function_is_async() -> None:
     assert await Gate("g").call(partial(shout, mark="!"), "ok") == "OK!"
 
 
-async def test_a_plain_function_outside_a_job_is_refused() -> None:
-    """There is no executor whose thread could run it."""
-    with pytest.raises(UsageError, match=r"plain function, len, outside a job.*executor\.to_thread\(len, "):
-        await Gate("g").call(len, "abc")
+async def test_a_plain_function_runs_in_a_thread_outside_a_job_too() -> None:
+    """Keywords are its own, whatever they are called."""
+    threads = []
+
+    def blocking(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        threads.append(threading.current_thread())
+        return args, kwargs
+
+    gate = Gate("g")
+    assert await gate.call(blocking, 1, fn=2, self=3, name=4, key=5) == (
+        (1,),
+        {"fn": 2, "self": 3, "name": 4, "key": 5},
+    )
+    assert isinstance(threads[0], Worker)
+    assert gate.statistics()[None].succeeded == 1
+
+
+async def test_plain_and_async_functions_share_the_permits_of_a_key() -> None:
+    """Three seconds for three of them through one permit, in the order of asking."""
+    gate, order = Gate("g", limit=1), []
+
+    async def on_the_loop() -> None:
+        await asyncio.sleep(1)
+        order.append("async")
+
+    def in_a_thread() -> None:
+        order.append("plain")
+
+    tasks = [asyncio.create_task(gate.call(fn)) for fn in (on_the_loop, in_a_thread, on_the_loop)]
+    await asyncio.gather(*tasks)
+    assert order == ["async", "plain", "async"]
+    assert gate.statistics()[None].in_flight == 0
 
 
 # --- permits of one's own ---
@@ -638,8 +684,8 @@ async def test_a_job_counts_its_time_in_the_queue_also_when_it_is_for_nothing() 
     assert [(outcome.kind, outcome.attempts, outcome.waited) for outcome in outcomes] == [("transient", 0, 3.0)] * 2
 
 
-async def test_a_plain_function_runs_in_a_thread_of_the_jobs_executor_and_is_retried_there() -> None:
-    """In the job's context, under the gate's limit and policy."""
+async def test_a_plain_function_of_a_job_runs_in_the_jobs_context_and_is_retried_there() -> None:
+    """Under the gate's limit and policy; it takes no thread of the executor's own."""
     gate, attempts = Gate("g", retry=Retry(wait=1)), []
 
     def blocking(word: str) -> str:
@@ -651,10 +697,10 @@ async def test_a_plain_function_runs_in_a_thread_of_the_jobs_executor_and_is_ret
     async def job(word: str) -> str:
         return await gate.call(blocking, word)
 
-    async with Executor() as executor:
-        assert await executor.map(job, ["ok"]) == ["OK"]
-        assert executor.statistics().threads is not None
-    assert len(attempts) == 2
+    async with Executor(threads=1) as executor, executor.as_completed(job, ["ok"]) as stream:
+        (outcome,) = [outcome async for outcome in stream]
+        assert executor.statistics().threads is None
+    assert (outcome.value, outcome.attempts, outcome.waited) == ("OK", 2, 1.0)
     assert attempts[0] is attempts[1] is not None
 
 

@@ -4,7 +4,7 @@ The only module that turns aiohttp's exceptions into penstock's.
 """
 
 import asyncio
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import AsyncIterator, Hashable, Mapping
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
@@ -26,6 +26,7 @@ from penstock.errors import (
     RoundTripError,
     UsageError,
 )
+from penstock.gate.round_trip import RoundTrip
 from penstock.gate.server_hints import parse_retry_after
 from penstock.outcome import FailureKind, classify, provably_unsent
 
@@ -96,7 +97,7 @@ class StreamedResponse:
 A = TypeVar("A", Response, StreamedResponse)
 
 
-class Exchange(ABC, Generic[A]):
+class Exchange(RoundTrip[A], Generic[A]):
     """A request that can be sent any number of times."""
 
     __slots__ = (

@@ -20,21 +20,25 @@ import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from types import TracebackType
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
-from penstock.context import RunningJob, current_job, host_of_current_job
+from penstock.context import RunningJob, current_job
 from penstock.errors import AttemptTimeout, UsageError, WrongLoop, first_line
 from penstock.gate.deadlines import Deadlines
+from penstock.gate.in_thread import CallInThread
 from penstock.gate.retry import Retry, RetryPolicy, check_timeout
+from penstock.gate.round_trip import RoundTrip
 from penstock.gate.server_hints import hint_of
 from penstock.gate.service import KeyStatistics, Service
 from penstock.outcome import FailureKind, classify
+from penstock.threads.backlog import tell_of_backlog
+from penstock.threads.crossing import Crossing
+from penstock.threads.workers import SHARED, Workers
 
 logger = logging.getLogger("penstock.gate")
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 DEFAULT_LIMIT = 128
 """Arbitrary, because: no fixed number fits an unknown service. 128 keeps one loop busy at 50 ms a round trip."""
@@ -44,22 +48,10 @@ MOST_IDLE_KEYS = 1_024
 """Arbitrary, because: it bounds memory when keys come and go; a key in use is never dropped."""
 WORTH_TELLING = 5.0
 """Seconds of a pause that is logged. Arbitrary, because: a person begins to wonder."""
+LONGEST_PILE = 0.02
+"""Seconds of processing that an answer may find before it: the queue delay at which Finagle's filter rejects."""
 HINT_JITTER = 0.1
 """Share of a server's wait by which it is lengthened at random, so that not all clients come back at once."""
-
-
-class RoundTrip(Protocol[T_co]):
-    """One exchange with a service that a gate can attempt several times."""
-
-    async def attempt(self) -> T_co:
-        """Do it once."""
-        ...
-
-    def repeatable(self, error: Exception) -> bool:
-        """Whether doing it again after `error` cannot do harm."""
-        ...
-
-    def __str__(self) -> str: ...
 
 
 class Gate:
@@ -99,19 +91,20 @@ class Gate:
         if key is not None and not callable(key):
             raise UsageError(f"key={key!r}: expected a function that is given the arguments and returns the key.")
         self.name = name
+        self.limit = limit
         self.retry = Retry() if retry is None else retry
-        self._limit = limit
         self._timeout = timeout
         self._key = key
         self._policy = RetryPolicy(self.retry)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._deadlines: Deadlines | None = None
         self._services: OrderedDict[Hashable, Service] = OrderedDict()
+        self._crossing: Crossing | None = None
 
     def __repr__(self) -> str:
         in_flight = sum(service.in_flight for service in self._services.values())
         waiting = sum(service.waiting for service in self._services.values())
-        return f"<Gate {self.name!r} limit={self._limit} keys={len(self._services)} {in_flight=} {waiting=}>"
+        return f"<Gate {self.name!r} limit={self.limit} keys={len(self._services)} {in_flight=} {waiting=}>"
 
     @overload
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T: ...
@@ -123,7 +116,8 @@ class Gate:
         """Call `fn(*args, **kwargs)` through the gate and return its value.
 
         `fn` is called once for each attempt, so it must be a function and not a coroutine object. A plain function
-        runs in a thread of the current job's executor.
+        runs in a thread, which is taken together with the permit. One that takes too long cannot be stopped: it goes
+        on, and keeps its permit until it ends, also while the next attempt runs.
 
         **Cancellation**: the attempt or the wait is cancelled; nothing is retried, nothing stays taken.
         **Threads**: loop thread only.
@@ -135,7 +129,11 @@ class Gate:
         """
         check_function(fn, "gate.call")
         key = None if self._key is None else self._key(*args, **kwargs)
-        return await self.perform(_FunctionCall(fn, args, kwargs), key)
+        if is_async(fn):
+            return await self.perform(_AsyncCall(fn, args, kwargs), key)
+        service = self.service(key)
+        trip = CallInThread(self.crossing(), service, name_of(fn), fn, args, kwargs)
+        return await self.perform(trip, key)
 
     def permit(self, *, key: Hashable = None) -> "_Permit":
         """A permit for a round trip that you do yourself: `async with gate.permit(): ...`.
@@ -149,14 +147,28 @@ class Gate:
 
     def statistics(self) -> dict[Hashable, KeyStatistics]:
         """What is going on, by service key. Any thread, though only the loop thread sees numbers of one moment."""
-        return {key: service.statistics() for key, service in list(self._services.items())}
+        return {
+            key: service.statistics(() if self._crossing is None else self._crossing.abandoned(service))
+            for key, service in list(self._services.items())
+        }
 
     async def perform(self, trip: RoundTrip[T], key: Hashable = None) -> T:
         """Like `call`, for a `RoundTrip` that knows itself what may be repeated."""
         service = self.service(key)
         value = await self.begin(trip, service)
-        service.give_back()
+        trip.over(service)
         return value
+
+    def hold_back(self, pile: float) -> bool:
+        """There are `pile` seconds of processing to do; True if a key is held back for that. For the backlog alone."""
+        if asyncio.get_running_loop() is not self._loop:  # it serves another one meanwhile
+            return False
+        held = False
+        for service in self._services.values():
+            late = pile > service.latency.mean + LONGEST_PILE
+            service.hold_back(late)
+            held |= late
+        return held
 
     def service(self, key: Hashable) -> Service:
         """The queue of a service key, made at first use."""
@@ -165,8 +177,16 @@ class Gate:
         service = self._services.get(key)
         return self._add(key) if service is None else service
 
+    def crossing(self, workers: Workers = SHARED) -> Crossing:
+        """The books of the blocking calls through this gate; made at first use, for threads of `workers`."""
+        if asyncio.get_running_loop() is not self._loop:
+            self._move_to(asyncio.get_running_loop())
+        if self._crossing is None:
+            self._crossing = Crossing(self.name, workers)
+        return self._crossing
+
     async def begin(self, trip: RoundTrip[T], service: Service, *, asked: float | None = None) -> T:
-        """Attempt `trip` until it works; return its value with the permit still held: `service.give_back()` is owed.
+        """Attempt `trip` until it works; return its value with the permit still held: `trip.over(service)` is owed.
 
         `asked`: when it was first asked for, on the loop's clock, if it is the continuation of an earlier round trip.
         """
@@ -177,11 +197,11 @@ class Gate:
         deadline = None if self._policy.timeout is None else asked + self._policy.timeout
         history: list[str] = []
         while True:
-            if not service.take_nowait():
+            if not service.take_nowait(trip.needs):
                 await self._wait_for_permit(trip, service, job, deadline, history)
             started = now()
             if deadline is not None and started >= deadline:
-                service.give_back()
+                trip.over(service)
                 raise self._too_late(trip, "the attempt could not start in time", history)
             service.attempts += 1
             service.retries += bool(history)
@@ -192,7 +212,7 @@ class Gate:
             except Exception as error:  # noqa: BLE001  # raised again below unless it is retried
                 failure = error
             except BaseException:
-                service.give_back()
+                trip.over(service)
                 raise
             else:
                 service.count_success(now() - started)
@@ -204,7 +224,7 @@ class Gate:
                 if back_off is None:
                     raise failure
             finally:
-                service.give_back()  # after a pause was noted, or the next in line would slip through before it
+                trip.over(service)  # after a pause was noted, or the next in line would slip through before it
                 del failure  # its traceback holds this frame: a cycle that would keep the job's data alive
             await _sleep(back_off, service, job)
 
@@ -299,11 +319,17 @@ class Gate:
             raise self._too_late(trip, f"gate {self.name!r} is paused for {service.paused_for:.1f} s", history)
         try:
             async with asyncio.timeout_at(deadline):
-                await service.take(again=bool(history))
+                await trip.wait(service, again=bool(history))
         except TimeoutError as error:
             paused = f", which is paused for another {service.paused_for:.1f} s" if service.paused_for else ""
-            what = f"got no permit of gate {self.name!r} in {service.now() - asked:g} s{paused}"
+            reason = trip.why_waiting(service)
+            why = f": {reason}" if reason else paused
+            what = f"got no permit of gate {self.name!r} in {service.now() - asked:g} s{why}"
             raise self._too_late(trip, what, history) from error
+        except asyncio.CancelledError as error:
+            if reason := trip.why_waiting(service):
+                error.add_note(reason)
+            raise
         finally:
             if job is not None:
                 job.waited += service.now() - asked
@@ -312,7 +338,7 @@ class Gate:
         assert self._loop is not None, "service() has bound the loop"
         if len(self._services) >= MOST_IDLE_KEYS:
             self._drop_idle_keys()
-        service = self._services[key] = Service(self._loop, self._limit)
+        service = self._services[key] = Service(self._loop, self.limit)
         return service
 
     def _drop_idle_keys(self) -> None:
@@ -332,10 +358,12 @@ class Gate:
         self._loop = loop
         self._deadlines = None if self._timeout is None else Deadlines(loop, self._timeout)
         self._services.clear()
+        self._crossing = None
+        tell_of_backlog(loop, self)
 
 
-class _FunctionCall:
-    """A call of the user's function as a round trip."""
+class _AsyncCall(RoundTrip[Any]):
+    """A call of the user's async function as a round trip."""
 
     __slots__ = ("args", "fn", "kwargs")
 
@@ -345,15 +373,7 @@ class _FunctionCall:
         self.kwargs = kwargs
 
     async def attempt(self) -> Any:
-        if is_async(self.fn):
-            value = await self.fn(*self.args, **self.kwargs)
-        elif current_job() is None:
-            raise UsageError(
-                f"gate.call was given a plain function, {self}, outside a job, where there is no executor whose "
-                f"thread could run it. Make it `async def`, or pass one that awaits `executor.to_thread({self}, ...)`."
-            )
-        else:
-            value = await host_of_current_job("to_thread").to_thread(self.fn, *self.args, **self.kwargs)
+        value = await self.fn(*self.args, **self.kwargs)
         refuse_coroutine(value, self)
         return value
 

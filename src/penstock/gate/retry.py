@@ -97,7 +97,7 @@ def check_timeout(found: str, timeout: object) -> None:
         UsageError: neither None nor seconds above 0.
     """
     number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and timeout > 0):  # type: ignore[operator]
+    if timeout is not None and not (number and 0 < timeout < math.inf):  # type: ignore[operator]
         raise UsageError(f"{found}: expected seconds above 0, or None for no limit.")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, classify
 from penstock.permits import PermitQueue
+from penstock.threads.crossing import AbandonedCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class KeyStatistics:
     succeeded: int
     failed: dict[FailureKind, int]
     """Failed attempts by kind."""
+    abandoned_calls: tuple[AbandonedCall, ...]
+    """Blocking calls whose caller stopped waiting and whose thread still runs: they hold permits."""
     latency: Distribution
     """From admission to the end of the attempt; successful attempts only."""
 
@@ -57,7 +60,7 @@ class Service(PermitQueue):
         kind = classify(error)
         self.failed[kind] = self.failed.get(kind, 0) + 1
 
-    def statistics(self) -> KeyStatistics:
+    def statistics(self, abandoned_calls: tuple[AbandonedCall, ...] = ()) -> KeyStatistics:
         """A frozen copy of the counts."""
         return KeyStatistics(
             limit=self.limit,
@@ -68,5 +71,6 @@ class Service(PermitQueue):
             retries=self.retries,
             succeeded=self.succeeded,
             failed=dict(self.failed),
+            abandoned_calls=abandoned_calls,
             latency=self.latency.snapshot(),
         )

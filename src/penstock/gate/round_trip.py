@@ -1,0 +1,37 @@
+"""What a gate guards: one exchange with a service, which can be attempted several times."""
+
+from typing import Protocol, TypeVar
+
+from penstock.gate.service import Service
+from penstock.permits import Companion
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class RoundTrip(Protocol[T_co]):
+    """One exchange with a service. To be derived from: only `attempt`, `repeatable` and `__str__` are to be written."""
+
+    needs: Companion | None = None
+    """What it takes together with its permit, such as a thread."""
+
+    async def attempt(self) -> T_co:
+        """Do it once."""
+        ...
+
+    def repeatable(self, error: Exception, /) -> bool:
+        """Whether doing it again after `error` cannot do harm."""
+        ...
+
+    def __str__(self) -> str: ...
+
+    async def wait(self, service: Service, *, again: bool) -> None:
+        """Wait for a permit and for what it needs. Cancellation leaves nothing taken."""
+        await service.take(again=again, needs=self.needs)
+
+    def over(self, service: Service) -> None:
+        """An attempt is over, or did not begin: give the permit back, as soon as nothing of it runs any more."""
+        service.give_back()
+
+    def why_waiting(self, _service: Service) -> str | None:
+        """Why it may wait in vain, if that is known."""
+        return None
