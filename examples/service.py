@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -57,7 +57,7 @@ Read = Callable[[web.Request], Awaitable[dict[str, Any]]]
 Answer = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
-def _setting(default: Any, meaning: str) -> Any:
+def setting(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
@@ -65,20 +65,20 @@ def _setting(default: Any, meaning: str) -> Any:
 class ServiceConfig:
     """All settings of the service; picklable. Each has a flag of the same name on the command line."""
 
-    host: str = _setting("127.0.0.1", "address to listen on")
-    port: int = _setting(0, "port to listen on; 0: any free one")
-    seed: int = _setting(0, "decides every fault and every latency")
-    latency: float = _setting(0.050, "seconds that an answer takes on average")
-    jitter: float = _setting(0.2, "latency is uniform within this share of itself, either way")
-    errors: float = _setting(0.01, "share of requests answered 503")
-    retry_after: float = _setting(0.0, "seconds that a 503 asks to wait; 0: no Retry-After header")
-    drops: float = _setting(0.002, "share of requests whose connection is dropped before any answer")
-    quota: float = _setting(0.0, "requests per second; over it 429 with Retry-After; 0: no quota")
-    burst: int = _setting(0, "requests that the quota lets through at once; 0: one second's worth")
-    knee: int = _setting(0, "requests served at once, the rest queue; 0: no knee")
-    malformed: float = _setting(0.0, "share of the 200 answers whose body is not JSON")
-    slow_body: float = _setting(0.0, "share of the 200 answers whose body drips")
-    drip: float = _setting(1.0, "seconds that a dripping body takes")
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(0, "port to listen on; 0: any free one")
+    seed: int = setting(0, "decides every fault and every latency")
+    latency: float = setting(0.050, "seconds that an answer takes on average")
+    jitter: float = setting(0.2, "latency is uniform within this share of itself, either way")
+    errors: float = setting(0.01, "share of requests answered 503")
+    retry_after: float = setting(0.0, "seconds that a 503 asks to wait; 0: no Retry-After header")
+    drops: float = setting(0.002, "share of requests whose connection is dropped before any answer")
+    quota: float = setting(0.0, "requests per second; over it 429 with Retry-After; 0: no quota")
+    burst: int = setting(0, "requests that the quota lets through at once; 0: one second's worth")
+    knee: int = setting(0, "requests served at once, the rest queue; 0: no knee")
+    malformed: float = setting(0.0, "share of the 200 answers whose body is not JSON")
+    slow_body: float = setting(0.0, "share of the 200 answers whose body drips")
+    drip: float = setting(1.0, "seconds that a dripping body takes")
 
     def __post_init__(self) -> None:
         for name in ("jitter", "errors", "drops", "malformed", "slow_body"):
@@ -331,13 +331,15 @@ class EmbeddedService:
         ... service.url ...
     """
 
+    PROGRAM = os.path.abspath(__file__)
+
     def __init__(self, config: ServiceConfig | None = None) -> None:
-        self._config = config or ServiceConfig()
+        self._flags = (config or ServiceConfig()).as_flags()
         self._process: subprocess.Popen[str] | None = None
         self._url = ""
 
-    def __enter__(self) -> EmbeddedService:
-        command = [sys.executable, os.path.abspath(__file__), "--embedded", *self._config.as_flags()]
+    def __enter__(self) -> Self:
+        command = [sys.executable, self.PROGRAM, "--embedded", *self._flags]
         # A process group of its own: Ctrl-C in a terminal reaches the parent alone, even before the child has had the
         # time to ignore it. The child reads stdin to learn that its parent is gone.
         self._process = subprocess.Popen(
@@ -435,7 +437,7 @@ def config_from(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> S
         parser.error(str(error))
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     # Not sys.stdin: a daemon thread that holds its lock aborts the interpreter's exit. Not a clean stop either: there
     # is nobody left to answer, and a busy loop must not keep the process alive.
     os.read(0, 1)
@@ -463,7 +465,7 @@ def main() -> None:
     if flags.embedded:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ends_on = (signal.SIGTERM,)
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         asyncio.run(_serve_until_signalled(config, ends_on))
     except OSError as error:
