@@ -1,4 +1,4 @@
-"""`penstock.run`: a whole run from a script, its report, and Ctrl-C."""
+"""`penstock.run`: a whole run from a script, its report, and signals. Whole processes are in test_exit.py."""
 
 import asyncio
 import contextlib
@@ -6,11 +6,9 @@ import io
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ from records import Record, key_of, make_records, profile_of
 from service import EmbeddedService, ServiceConfig
 
 BOUND = 20.0
-"""Seconds after which a program that should have ended is killed."""
+"""Seconds after which a thread that should have ended is not waited for any more."""
 
 
 async def double(item: int) -> int:
@@ -260,54 +258,195 @@ def test_the_progress_line_is_ended_when_the_run_fails(capsys: pytest.CaptureFix
     assert capsys.readouterr().err.startswith("1 jobs, 0 failed, ")
 
 
-# --- SIGINT, in this process ---
+def test_the_progress_line_is_kept_alive_while_no_job_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that waits must not look frozen: the line is written by the clock, too."""
+    monkeypatch.setattr("penstock.instruments.progress.IN_A_FILE", 0.01)
+    seen: list[str] = []
+
+    async def wait_for_the_line(_item: int) -> None:
+        while not seen:
+            await asyncio.sleep(0.01)
+            seen.extend(capsys.readouterr().err.splitlines())
+
+    penstock.run(wait_for_the_line, [1, 2], progress=True)
+    assert seen[0].startswith("0 of 2 jobs, 0 failed")
+
+
+# --- the process's own things ---
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), "25", True])
+def test_a_drain_timeout_that_cannot_work_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"drain_timeout={value!r}: expected seconds of at least 0, or None"):
+        penstock.run(double, [1], drain_timeout=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "0.1", True])
+def test_a_switch_interval_that_cannot_work_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"switch_interval={value!r}: expected seconds above 0, or None"):
+        penstock.run(double, [1], switch_interval=value)
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_threads_switch_faster_while_the_run_lasts(failing: bool) -> None:
+    """The interval is back afterwards, also when the run has failed. None leaves it alone."""
+    before = sys.getswitchinterval()
+    seen: list[float] = []
+
+    async def look(_item: int) -> None:
+        seen.append(sys.getswitchinterval())
+
+    def items() -> Iterator[int]:
+        yield 1
+        if failing:
+            raise OSError
+
+    for interval in (before / 5, None):
+        with pytest.raises(OSError) if failing else contextlib.nullcontext():
+            penstock.run(look, items(), switch_interval=interval)
+        assert sys.getswitchinterval() == before
+    assert seen == [pytest.approx(before / 5), before]
+
+
+def test_unless_it_is_told_otherwise_a_run_has_half_a_millisecond() -> None:
+    seen: list[float] = []
+
+    async def look(_item: int) -> None:
+        seen.append(sys.getswitchinterval())
+
+    penstock.run(look, [1])
+    assert seen == [pytest.approx(0.0005)]
+
+
+# --- tasks that jobs leave behind ---
+
+
+def test_a_task_that_a_job_leaves_behind_is_cancelled_at_the_end() -> None:
+    """As at the end of `asyncio.run`."""
+    ended: list[str] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def linger() -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0)
+            ended.append("cleaned up")
+
+    async def job(_item: int) -> None:
+        tasks.append(asyncio.create_task(linger()))
+
+    penstock.run(job, [1])
+    assert ended == ["cleaned up"]
+
+
+@pytest.mark.may_leave("errors")  # asyncio tells that the task was pending when it was destroyed
+def test_a_task_that_swallows_its_cancellation_does_not_keep_the_run_from_ending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`asyncio.run` would wait for it for ever. The loop is closed all the same."""
+    monkeypatch.setattr(sys.modules["penstock.run"], "PATIENCE", 0.01)
+    loops: list[asyncio.AbstractEventLoop] = []
+    swallowed = 0
+
+    async def go_on() -> None:
+        nonlocal swallowed
+        while True:
+            try:
+                await asyncio.sleep(3600)
+            except asyncio.CancelledError:
+                swallowed += 1
+
+    async def job(_item: int) -> None:
+        loops.append(asyncio.get_running_loop())
+        task = asyncio.create_task(go_on())
+        await asyncio.sleep(0)
+        assert not task.done()
+
+    assert penstock.run(job, [1]).done == 1
+    assert (swallowed, loops[0].is_closed()) == (1, True)
+
+
+# --- signals, in this process ---
+
+
+def handlers() -> list[object]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+DEFAULTS = [signal.default_int_handler, signal.SIG_DFL]
 
 
 @pytest.fixture(autouse=True)
-def _sigint_is_as_before() -> Iterator[None]:
-    """Every test here, whatever it does, must leave Python's own handler in its place."""
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+def _signals_are_as_before() -> Iterator[None]:
+    """Every test here, whatever it does, must leave Python's own handlers in their place."""
+    assert handlers() == DEFAULTS
     yield
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert handlers() == DEFAULTS
 
 
-def press() -> None:
-    signal.raise_signal(signal.SIGINT)
+def press(number: int = signal.SIGINT) -> None:
+    signal.raise_signal(number)
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "penstock.run"]
 
 
-FIRST = "interrupted: finishing what is in flight; Ctrl-C again cancels it"
-SECOND = "interrupted: cancelling what is in flight; Ctrl-C again ends the program"
+def first(name: str = "Ctrl-C", within: str = " within 25 s") -> str:
+    return f"interrupted by {name}: finishing what is in flight{within}; {name} again cancels it"
 
 
-def test_one_interrupt_drains(caplog: pytest.LogCaptureFixture) -> None:
+def second(name: str = "Ctrl-C") -> str:
+    return f"interrupted by {name}: cancelling what is in flight; {name} again ends the program"
+
+
+both = pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")], ids=["SIGINT", "SIGTERM"]
+)
+
+
+@both
+@pytest.mark.parametrize("drain_timeout", [25, 1.5, None])
+def test_one_signal_drains(
+    caplog: pytest.LogCaptureFixture, number: int, name: str, drain_timeout: float | None
+) -> None:
     """No more items are taken, what is in flight is finished, and the report says that it was interrupted."""
 
     async def job(item: int) -> None:
         await asyncio.sleep(0)
         if item == 10:
-            press()
+            press(number)
             await asyncio.sleep(0.01)
 
-    report = penstock.run(job, itertools.count(), limit=4)
+    report = penstock.run(job, itertools.count(), limit=4, drain_timeout=drain_timeout)
     report.verify()
     assert (report.stopped, report.exit_code, report.left, report.failed) == ("interrupted", 130, 0, 0)
     assert report.done == report.read >= 11
-    assert messages(caplog) == [FIRST]
+    assert messages(caplog) == [first(name, "" if drain_timeout is None else f" within {drain_timeout:g} s")]
 
 
-def test_a_second_interrupt_cancels(caplog: pytest.LogCaptureFixture) -> None:
-    """What is in flight is left: neither done nor failed. Resources are closed all the same."""
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        (signal.SIGINT, signal.SIGINT, ("Ctrl-C", "Ctrl-C")),
+        (signal.SIGTERM, signal.SIGTERM, ("SIGTERM", "SIGTERM")),
+        (signal.SIGTERM, signal.SIGINT, ("SIGTERM", "Ctrl-C")),
+    ],
+)
+def test_a_second_signal_cancels(
+    caplog: pytest.LogCaptureFixture, one: int, other: int, names: tuple[str, str]
+) -> None:
+    """What is in flight is left: neither done nor failed. Resources are closed all the same. Signals count together."""
     closed = False
 
     async def job(item: int) -> None:
         if item == 3:
-            press()
+            press(one)
             await asyncio.sleep(0)
-            press()
+            press(other)
         await asyncio.sleep(3600)
 
     @penstock.job
@@ -320,7 +459,76 @@ def test_a_second_interrupt_cancels(caplog: pytest.LogCaptureFixture) -> None:
     report.verify()
     assert (report.read, report.left, report.done, report.stopped, report.exit_code) == (4, 4, 0, "interrupted", 130)
     assert closed
-    assert messages(caplog) == [FIRST, SECOND]
+    assert messages(caplog) == [first(names[0]), second(names[1])]
+
+
+def test_two_signals_at_once_cancel(caplog: pytest.LogCaptureFixture) -> None:
+    """The loop hears of both in one turn."""
+
+    async def job(_item: int) -> None:
+        press()
+        press()
+        await asyncio.sleep(3600)
+
+    report = penstock.run(job, [1])
+    assert (report.read, report.left, report.stopped) == (1, 1, "interrupted")
+    assert messages(caplog) == [first(), second()]
+
+
+@pytest.mark.parametrize("drain_timeout", [0, 0.02])
+def test_what_still_runs_after_the_drain_s_deadline_is_cancelled(
+    caplog: pytest.LogCaptureFixture, drain_timeout: float
+) -> None:
+    """What ends in time is done."""
+    pressed = asyncio.Event()
+
+    async def job(item: int) -> None:
+        if item == 3:
+            press()
+            pressed.set()
+        await pressed.wait()
+        if item:
+            await asyncio.sleep(3600)
+
+    report = penstock.run(job, itertools.count(), limit=4, drain_timeout=drain_timeout)
+    report.verify()
+    assert report.stopped == "interrupted"
+    assert (report.done, report.left) == (1, 3)
+    assert messages(caplog) == [
+        first(within=f" within {drain_timeout:g} s"),
+        f"not finished within {drain_timeout:g} s: cancelling what is in flight",
+    ]
+
+
+def test_a_second_signal_does_not_wait_for_the_deadline_nor_the_deadline_for_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Jobs are cancelled once, by whichever comes first."""
+    cancelled: list[int] = []
+
+    async def job(item: int) -> None:
+        press()
+        await asyncio.sleep(0)
+        if item:
+            press()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.append(item)
+            if not item:
+                press()
+            await asyncio.sleep(0.3)
+            raise
+
+    for item in (0, 1):
+        report = penstock.run(job, [item], drain_timeout=0.2)
+        assert (report.left, report.stopped) == (1, "interrupted")
+    assert cancelled == [0, 1]
+    soon = first(within=" within 0.2 s")
+    assert messages(caplog) == [
+        *(soon, "not finished within 0.2 s: cancelling what is in flight", second()),
+        *(soon, second()),
+    ]
 
 
 @pytest.mark.may_leave("errors")  # asyncio tells of the KeyboardInterrupt in the job's task too
@@ -330,7 +538,7 @@ def test_a_third_interrupt_leaves(caplog: pytest.LogCaptureFixture) -> None:
 
     async def job(_item: int) -> None:
         press()
-        press()
+        press(signal.SIGTERM)
         press()
         raise AssertionError("it was left at the third one")
 
@@ -348,69 +556,188 @@ def test_a_third_interrupt_leaves(caplog: pytest.LogCaptureFixture) -> None:
     assert messages(caplog) == []
 
 
-def test_a_handler_of_the_application_is_left_alone() -> None:
-    """Whoever has one has plans of their own; they can call `executor.shutdown` in it."""
+def test_a_third_sigterm_ends_also_a_process_that_it_does_not_end_by_default() -> None:
+    """The first process of a container is spared all signals that it has no handler for. So is one that blocks it."""
+    sigterm = {signal.SIGTERM}
+
+    def send() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, sigterm)
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    try:
+        with pytest.raises(SystemExit) as left:
+            with Interrupts():
+                press()
+                press()
+                signal.pthread_sigmask(signal.SIG_BLOCK, sigterm)  # of this thread, whose signals end the process
+                sender.start()
+                sender.join(BOUND)
+                raise AssertionError("the third one did not leave")
+        assert left.value.code == 128 + signal.SIGTERM
+    finally:
+        sender.join(BOUND)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # drops the one that waits
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, sigterm)
+
+
+@pytest.mark.parametrize(
+    ("owned", "taken"),
+    [
+        ({signal.SIGINT, signal.SIGTERM}, set[int]()),
+        ({signal.SIGINT}, {signal.SIGTERM}),
+        ({signal.SIGTERM}, {signal.SIGINT}),
+    ],
+)
+def test_a_handler_of_the_application_is_left_alone(owned: set[int], taken: set[int]) -> None:
+    """Each signal is decided for itself. Whoever has a handler has plans of their own, a shutdown among them."""
     caught: list[int] = []
 
     def mine(number: int, _frame: object) -> None:
         caught.append(number)
 
     async def job(_item: int) -> None:
-        press()
+        for number in owned:
+            press(number)
 
-    before = signal.signal(signal.SIGINT, mine)
+    async def drain(_item: int) -> None:
+        for number in taken:
+            press(number)
+
+    before = {number: signal.signal(number, mine) for number in owned}
     try:
         report = penstock.run(job, range(5))
-        assert signal.getsignal(signal.SIGINT) is mine
+        interrupted = penstock.run(drain, range(5), limit=1)
+        assert all(signal.getsignal(number) is mine for number in owned)
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert caught == [signal.SIGINT] * 5
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sorted(caught) == sorted([*owned] * 5)
     assert (report.done, report.stopped) == (5, None)
+    assert (interrupted.stopped == "interrupted") == bool(taken)
+
+
+async def test_an_executor_on_a_loop_of_the_application_s_takes_no_signals() -> None:
+    """A server decides itself what a signal means."""
+    caught: list[str] = []
+    enough = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def mine(name: str) -> None:
+        caught.append(name)
+        if len(caught) == 6:
+            enough.set()
+
+    async def job(_item: int) -> None:
+        press(signal.SIGTERM)
+        press()
+        await enough.wait()
+
+    loop.add_signal_handler(signal.SIGINT, mine, "SIGINT")
+    loop.add_signal_handler(signal.SIGTERM, mine, "SIGTERM")
+    try:
+        before = handlers()
+        async with asyncio.timeout(BOUND), Executor() as executor:
+            report = await executor.run(job, range(3))
+            assert handlers() == before
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
+    assert (report.done, report.stopped) == (3, None)
+    assert sorted(caught) == ["SIGINT"] * 3 + ["SIGTERM"] * 3
 
 
 def test_a_handler_that_the_job_has_put_in_place_stays() -> None:
     def mine(_number: int, _frame: object) -> None: ...
 
     async def job(_item: int) -> None:
-        signal.signal(signal.SIGINT, mine)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, mine)
 
     try:
         penstock.run(job, [1])
-        assert signal.getsignal(signal.SIGINT) is mine
+        assert handlers() == [mine, mine]
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def test_in_another_thread_sigint_stays_with_the_main_thread() -> None:
+def test_in_another_thread_signals_stay_with_the_main_thread() -> None:
     seen: list[object] = []
 
     async def job(_item: int) -> None:
-        seen.append(signal.getsignal(signal.SIGINT))
+        seen.extend(handlers())
 
     thread = threading.Thread(target=penstock.run, args=(job, [1]))
     thread.start()
     thread.join(BOUND)
-    assert seen == [signal.default_int_handler]
+    assert seen == DEFAULTS
 
 
-def test_where_no_executor_is_to_be_shut_down_an_interrupt_is_what_it_always_is() -> None:
-    """Before the executor is open, and after its block."""
+@both
+def test_a_signal_before_the_executor_is_open_is_heard_when_it_is(
+    caplog: pytest.LogCaptureFixture, number: int, name: str
+) -> None:
+    """Nothing is begun; the report says why. An error in the middle of opening a loop would help nobody."""
+
+    async def main(interrupts: Interrupts) -> Report:
+        async with Executor() as executor, interrupts.shut_down(executor):
+            return await executor.run(double, itertools.count())
+
     with Interrupts() as interrupts:
-        with pytest.raises(KeyboardInterrupt):
+        press(number)
+        report = asyncio.run(main(interrupts))
+    assert (report.read, report.stopped) == (0, "interrupted")
+    assert messages(caplog) == [first(name)]
+
+
+def test_a_signal_before_an_executor_that_never_opens_is_what_it_always_is() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts():
             press()
+    with pytest.raises(KeyboardInterrupt) as raised:
+        with Interrupts():
+            press()
+            raise KeyError
+    assert isinstance(raised.value.__context__, KeyError)
 
-        async def main() -> None:
-            async with Executor() as executor:
-                async with interrupts.shut_down(executor):
-                    pass
-                with pytest.raises(KeyboardInterrupt):
-                    press()
 
+def test_an_interrupt_after_the_executor_s_block_is_what_it_always_is() -> None:
+    """And comes once."""
+
+    async def main() -> None:
+        async with Executor() as executor:
+            async with interrupts.shut_down(executor):
+                pass
+            with pytest.raises(KeyboardInterrupt):
+                press()
+
+    with Interrupts() as interrupts:
         asyncio.run(main())
 
 
-def test_an_interrupt_in_the_last_moment_of_the_block_shuts_nothing_down() -> None:
-    """The loop gets to it when the block is over; no task is left behind for it."""
+def test_once_a_signal_was_heard_a_second_one_after_the_block_takes_nothing_away() -> None:
+    """All that it asks for is under way: the report is not lost to an impatient finger. The third one leaves."""
+
+    async def main(presses: int) -> str:
+        async with Executor() as executor:
+            async with interrupts.shut_down(executor):
+                press()
+                await asyncio.sleep(0)
+            for _ in range(presses - 1):
+                press()
+            return "report"
+
+    with Interrupts() as interrupts:
+        assert asyncio.run(main(presses=2)) == "report"
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts() as interrupts:
+            asyncio.run(main(presses=3))
+
+
+def test_an_interrupt_in_the_last_moment_of_the_block_is_not_lost() -> None:
+    """The loop gets to it when there is nothing left to shut down: it comes as if it had come a moment later."""
 
     async def main(interrupts: Interrupts) -> None:
         async with Executor() as executor:
@@ -420,8 +747,12 @@ def test_an_interrupt_in_the_last_moment_of_the_block_shuts_nothing_down() -> No
             assert await executor.submit(double, 4) == 8
             assert len(asyncio.all_tasks()) == 1
 
-    with Interrupts() as interrupts:
-        asyncio.run(main(interrupts))
+    ended = False
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts() as interrupts:
+            asyncio.run(main(interrupts))
+            ended = True
+    assert ended
 
 
 def test_a_shutdown_under_way_is_over_when_the_block_is() -> None:
@@ -440,191 +771,3 @@ def test_a_shutdown_under_way_is_over_when_the_block_is() -> None:
 
     with Interrupts() as interrupts:
         asyncio.run(main(interrupts))
-
-
-# --- SIGINT, in a process of its own ---
-
-
-class Script:
-    """A Python program under test; its standard error is read together with its standard output."""
-
-    def __init__(self, path: Path, program: str) -> None:
-        script = path / "script.py"
-        script.write_text(f"import asyncio, itertools, os, sys, threading, time\nimport penstock\n{program}")
-        self._process = subprocess.Popen(
-            [sys.executable, "-u", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            process_group=0,
-        )
-        self._watchdog = threading.Timer(BOUND, self._process.kill)
-        self._watchdog.start()
-        self.lines: list[str] = []
-
-    def read_until(self, wanted: str) -> None:
-        """Wait for a line that holds these words."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            if wanted in line:
-                return
-        raise AssertionError(f"{wanted!r} is not in the output:\n" + "\n".join(self.lines))
-
-    def press(self) -> None:
-        self._process.send_signal(signal.SIGINT)
-
-    def say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        print(line, file=self._process.stdin, flush=True)
-
-    def ended(self) -> int:
-        """Read the rest; the exit status."""
-        assert self._process.stdout is not None
-        self.lines += self._process.stdout.read().splitlines()
-        return self._process.wait(BOUND)
-
-    def running(self) -> bool:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.02)
-        return self._process.returncode is None
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._watchdog.cancel()
-        self._watchdog.join()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-
-
-Start = Callable[[str], Script]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    with contextlib.ExitStack() as scripts:
-
-        def start(program: str) -> Script:
-            script = Script(tmp_path, program)
-            scripts.callback(script.close)
-            return script
-
-        yield start
-
-
-REPORT = """
-report.verify()
-print("report", report.read, report.done, report.left, report.stopped)
-sys.exit(report.exit_code)
-"""
-
-
-def test_ctrl_c_in_a_script_drains(start: Start) -> None:
-    """What is in flight is finished, no other item is begun, and the exit status is a shell's for Ctrl-C."""
-    script = start(
-        """
-said = asyncio.Event()
-async def job(item):
-    print("started", item)
-    if item == 1:
-        await asyncio.to_thread(sys.stdin.readline)
-        said.set()
-    await said.wait()
-report = penstock.run(job, itertools.count(), limit=2)
-"""
-        + REPORT
-    )
-    script.read_until("started 1")
-    script.press()
-    script.read_until(FIRST)
-    script.say("go")
-    assert script.ended() == 130
-    assert script.lines == ["started 0", "started 1", FIRST, "report 2 2 0 interrupted"]
-
-
-def test_a_second_ctrl_c_cancels_and_a_hung_thread_does_not_hold_the_exit_up(start: Start) -> None:
-    """One job waits for the network, one hangs in a blocking call: the script reports and leaves."""
-    script = start(
-        """
-async def job(item):
-    print("started", item)
-    try:
-        await (penstock.to_thread(threading.Event().wait) if item else asyncio.sleep(3600))
-    finally:
-        print("cancelled", item)
-report = penstock.run(job, itertools.count(), limit=2)
-"""
-        + REPORT
-    )
-    script.read_until("started 1")
-    script.press()
-    script.read_until(FIRST)
-    script.press()
-    script.read_until(SECOND)
-    assert script.ended() == 130
-    assert sorted(script.lines[4:6]) == ["cancelled 0", "cancelled 1"]
-    assert script.lines[6:] == ["report 2 0 2 interrupted"]
-
-
-def test_a_third_ctrl_c_leaves_though_a_job_takes_its_time_to_clean_up(start: Start) -> None:
-    script = start(
-        """
-async def job(item):
-    try:
-        print("started")
-        await asyncio.sleep(3600)
-    finally:
-        print("cleaning up")
-        await asyncio.sleep(3600)
-report = penstock.run(job, [1])
-"""
-        + REPORT
-    )
-    script.read_until("started")
-    script.press()
-    script.read_until(FIRST)
-    script.press()
-    script.read_until("cleaning up")
-    script.press()
-    assert script.ended() == -signal.SIGINT
-    assert script.lines[-1] == "KeyboardInterrupt"
-
-
-def test_a_job_that_blocks_the_loop_can_be_left(start: Start) -> None:
-    """The loop hears nothing, so it takes three; more are needed only if one overtakes another on its way."""
-    script = start(
-        """
-async def job(item):
-    print("started")
-    time.sleep(3600)
-report = penstock.run(job, [1])
-"""
-        + REPORT
-    )
-    script.read_until("started")
-    presses = 0
-    while script.running():
-        script.press()
-        presses += 1
-    assert script.ended() == -signal.SIGINT
-    assert presses >= 3
-    assert script.lines[-1] == "KeyboardInterrupt"
-
-
-def test_the_progress_line_is_kept_alive_while_no_job_ends(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run that waits must not look frozen: the line is written by the clock, too."""
-    monkeypatch.setattr("penstock.instruments.progress.IN_A_FILE", 0.01)
-    seen: list[str] = []
-
-    async def wait_for_the_line(_item: int) -> None:
-        while not seen:
-            await asyncio.sleep(0.01)
-            seen.extend(capsys.readouterr().err.splitlines())
-
-    penstock.run(wait_for_the_line, [1, 2], progress=True)
-    assert seen[0].startswith("0 of 2 jobs, 0 failed")
