@@ -5,8 +5,9 @@ loopback. In the text of a block, the addresses of the pages become that service
 that a page is tested in a second. A block with a top-level `await` runs on the page's event loop, any other one outside
 it. What a block prints must be what its `# -> ` comments say, if it has any; `...` stands for what varies.
 
-A block that starts with `# test_something.py` or `# conftest.py` is a file: pytest runs these files of a page together,
-in a process of its own. A block after `<!-- not run: reason -->` is left out.
+A block that starts with the name of a file, such as `# score.py`, is that file, run by an interpreter of its own: what
+starts processes, or shows how a program ends. Files named `# test_something.py` or `# conftest.py` are run by pytest,
+those of a page together. A block after `<!-- not run: reason -->` is left out.
 """
 
 import ast
@@ -34,6 +35,7 @@ from aiohttp import web
 
 import penstock
 import penstock.testing
+from s3_service import EmbeddedS3
 from service import ServiceConfig, make_app
 
 ROOT = Path(__file__).parent.parent
@@ -46,8 +48,10 @@ PAGES = [page for page in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))] if p
 LINKED = [*PAGES, *([DESIGN] if DESIGN.is_file() else [])]
 
 FEWER = {"10_000": "200", "10_001": "201"}
+OBJECT_STORE = "http://127.0.0.1:9000"
+"""The address that pages give an object store; those that name it get one."""
 START_TIMEOUT = 10.0
-PYTEST_TIMEOUT = 60.0
+FILES_TIMEOUT = 60.0
 PYTEST_INI = """[pytest]
 asyncio_mode = auto
 asyncio_default_fixture_loop_scope = function
@@ -193,15 +197,21 @@ class Block(NamedTuple):
     line: int
     code: str
 
-    def source(self, code: str) -> str:
-        """`code` so that its line numbers are those of the page."""
-        return "\n" * self.line + code
+    @property
+    def source(self) -> str:
+        """Its code, so that its line numbers are those of the page."""
+        return "\n" * self.line + self.code
 
     @property
     def file_name(self) -> str | None:
-        """Which file it is, if pytest is to run it."""
-        match = re.match(r"# ((?:test_\w+|conftest)\.py)$", self.code.partition("\n")[0])
+        """Which file it is, if it is one."""
+        match = re.match(r"# (\w+\.py)$", self.code.partition("\n")[0])
         return match and match[1]
+
+    @property
+    def for_pytest(self) -> bool:
+        """Whether it is a file that pytest is to run."""
+        return re.match(r"(test_\w+|conftest)\.py", self.file_name or "") is not None
 
     @property
     def printed(self) -> list[str]:
@@ -225,8 +235,8 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-def run_block(block: Block, code: str, namespace: dict[str, Any], runner: asyncio.Runner) -> None:
-    compiled = compile(block.source(code), str(block.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+def run_block(block: Block, namespace: dict[str, Any], runner: asyncio.Runner) -> None:
+    compiled = compile(block.source, str(block.page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if compiled.co_flags & inspect.CO_COROUTINE:
         runner.run(eval(compiled, namespace))
         return
@@ -234,19 +244,32 @@ def run_block(block: Block, code: str, namespace: dict[str, Any], runner: asynci
         exec(compiled, namespace)
 
 
-def run_pytest_on(files: list[tuple[Block, str]]) -> None:
-    for block, code in files:
+def run_pytest_on(blocks: list[Block]) -> None:
+    for block in blocks:
         assert block.file_name is not None, "only files are given to pytest"
-        Path(block.file_name).write_text(block.source(code), "utf-8")
+        Path(block.file_name).write_text(block.source, "utf-8")
     Path("pytest.ini").write_text(PYTEST_INI, "utf-8")
     # Without the options that were meant for the pytest that runs this test, such as coverage.
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:anyio", "."],
-        env=environment, capture_output=True, text=True, timeout=PYTEST_TIMEOUT, check=False,
+        env=environment, capture_output=True, text=True, timeout=FILES_TIMEOUT, check=False,
     )  # fmt: skip
-    names = ", ".join(f"{block.file_name} from line {block.line + 1}" for block, _ in files)
-    assert ran.returncode == 0, f"{files[0][0].page}: {names}; line numbers are the page's\n{ran.stdout}{ran.stderr}"
+    names = ", ".join(f"{block.file_name} from line {block.line + 1}" for block in blocks)
+    assert ran.returncode == 0, f"{blocks[0].page}: {names}; line numbers are the page's\n{ran.stdout}{ran.stderr}"
+
+
+def run_script(block: Block) -> str:
+    """Run the file that a block is; return what it prints. It may end with an exit status, but not by an error."""
+    assert block.file_name is not None, "only files are run as scripts"
+    Path(block.file_name).write_text(block.source, "utf-8")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", block.file_name],
+        capture_output=True, text=True, timeout=FILES_TIMEOUT, check=False,
+    )  # fmt: skip
+    # 1 is Python's own for an error that nobody caught; below 0 a signal has ended it.
+    assert ran.returncode == 0 or ran.returncode > 2, f"{block.page}: {block.file_name}\n{ran.stdout}{ran.stderr}"
+    return ran.stdout
 
 
 @pytest.fixture
@@ -271,21 +294,29 @@ def test_every_python_block_of_a_page_runs(
     if page.name != "tutorial.md":
         config = dataclasses.replace(config, errors=0.0, drops=0.0)
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    files = []
-    with LoopbackService(config) as service, asyncio.Runner() as runner:
+    tests = []
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(LoopbackService(config))
+        store = OBJECT_STORE
+        if any(OBJECT_STORE in block.code for block in blocks):
+            store = stack.enter_context(EmbeddedS3()).url
+        runner = stack.enter_context(asyncio.Runner())
         for block in blocks:
-            code = service.put_into(block.code)
+            code = service.put_into(block.code).replace(OBJECT_STORE, store)
             for many, few in FEWER.items():
                 code = re.sub(rf"\b{many}\b", few, code)
             block = block._replace(code=code)
+            if block.for_pytest:
+                tests.append(block)
+                continue
             if block.file_name is not None:
-                files.append((block, code))
+                compare(block, run_script(block))
                 continue
             capsys.readouterr()
-            run_block(block, code, namespace, runner)
+            run_block(block, namespace, runner)
             compare(block, capsys.readouterr().out)
-    if files:
-        run_pytest_on(files)
+    if tests:
+        run_pytest_on(tests)
 
 
 def compare(block: Block, output: str) -> None:

@@ -65,9 +65,21 @@ def test_the_tools_for_tests_are_public_and_documented() -> None:
     assert penstock.testing.__all__ == sorted(penstock.testing.__all__)
 
 
+def test_importing_penstock_starts_no_thread() -> None:
+    """Nor does it change anything else that belongs to the process: signal handlers, the switch interval."""
+    program = (
+        "import signal, sys, threading; before = signal.getsignal(2), signal.getsignal(15), sys.getswitchinterval();"
+        "import penstock; after = signal.getsignal(2), signal.getsignal(15), sys.getswitchinterval();"
+        "print(threading.active_count(), before == after)"
+    )
+    answer = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "1 True"
+
+
 def test_importing_penstock_imports_no_extra_and_no_test_tool() -> None:
     """In a fresh interpreter: what is not needed is not paid for, and may be absent."""
-    unwanted = ["pytest", "hypothesis", "_pytest", "uvloop", "orjson", "requests", "boto3", "penstock.testing"]
+    unwanted = ["pytest", "hypothesis", "_pytest", "uvloop", "orjson", "requests", "boto3", "botocore"]
+    unwanted += ["penstock.testing", "penstock.threads.processes", "concurrent.futures.process"]
     program = f"import sys, penstock; print([name for name in {unwanted!r} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

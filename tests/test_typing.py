@@ -3,12 +3,12 @@
 import asyncio
 import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from typing import assert_type
+from typing import Any, assert_type
 
 import pytest
 
 import penstock
-from penstock import Executor, Gate, Job, Outcome, Report, Stream
+from penstock import BlockingClient, Executor, Gate, Job, Outcome, Pool, Report, Stream
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -63,10 +63,62 @@ async def test_as_completed_gives_outcomes_of_what_the_function_returns() -> Non
 async def test_gates_threads_and_runs_keep_their_types() -> None:
     """Through a gate, in a thread, over a whole run."""
     assert_type(await Gate("g").call(length, "a"), int)
+    assert_type(await Gate("g").call(plain_length, "a"), int)
     async with Executor() as executor:
         assert_type(await executor.to_thread(plain_length, "a"), int)
         assert_type(await executor.compute(plain_length, "a"), int)
+        assert_type(await executor.compute_each(plain_length, ["a"]), list[Outcome[int]])
         assert_type(await executor.run(length, ["a"]), Report)
+
+
+async def test_calls_of_the_current_job_s_executor_have_the_types_of_the_executor_s() -> None:
+    """To threads, and back."""
+
+    def in_a_thread() -> int:
+        assert_type(penstock.from_thread(plain_length, "a"), int)
+        return assert_type(penstock.from_thread(length, "a"), int)
+
+    async def job() -> int:
+        assert_type(await penstock.compute(plain_length, "a"), int)
+        assert_type(await penstock.compute_each(plain_length, ["a"]), list[Outcome[int]])
+        return assert_type(await penstock.to_thread(in_a_thread), int)
+
+    async with Executor() as executor:
+        assert await executor.submit(job) == 1
+
+
+async def test_processes_keep_the_type_of_the_function() -> None:
+    """A built-in, which any process can import."""
+
+    async def job() -> int:
+        return assert_type(await penstock.to_process(len, "a"), int)
+
+    async with Executor(processes=1) as executor:
+        assert_type(await executor.to_process(len, "ab"), int)
+        assert await executor.submit(job) == 1
+
+
+def sdk_length(sdk: Scorer, text: str, *, twice: bool = False) -> int:
+    return len(text) * (1 + twice)
+
+
+async def test_a_blocking_client_knows_its_client_and_the_arguments_of_a_function() -> None:
+    """`run` gives what the function returns; `call` goes by a name, so its value may be anything."""
+    async with assert_type(BlockingClient(Scorer), BlockingClient[Scorer]) as client:
+        assert_type(await client.run(sdk_length, "a", twice=True), int)
+        assert_type(await client.call("__repr__"), Any)
+
+
+async def test_a_pool_lends_what_its_factory_makes() -> None:
+    """An async factory's value is awaited."""
+
+    async def connect() -> Scorer:
+        return Scorer()
+
+    async with assert_type(Pool(connect, size=1), Pool[Scorer]) as pool, pool.acquire() as resource:
+        assert_type(resource, Scorer)
+    async with assert_type(Pool(Scorer, size=1), Pool[Scorer]) as pool, pool.acquire() as resource:
+        assert_type(resource, Scorer)
 
 
 @penstock.job

@@ -1,7 +1,10 @@
 """penstock: push thousands to millions of records through external services."""
 
+from penstock.clients.aws import boto3_client
+from penstock.clients.blocking import BlockingClient
 from penstock.clients.exchange import StreamedResponse
 from penstock.clients.http import HttpClient
+from penstock.clients.pool import Pool, PoolStatistics
 from penstock.clients.response import Response
 from penstock.context import RunningJob, current_job
 from penstock.errors import (
@@ -26,7 +29,7 @@ from penstock.errors import (
     WrongThread,
 )
 from penstock.events import Instrument, JobEnded
-from penstock.executor.ambient import compute, to_thread
+from penstock.executor.ambient import compute, compute_each, from_thread, to_process, to_thread
 from penstock.executor.definition import Job, job
 from penstock.executor.executor import Executor
 from penstock.executor.statistics import ExecutorStatistics, StreamStatistics
@@ -39,11 +42,14 @@ from penstock.instruments.progress import ProgressLine
 from penstock.outcome import FailureKind, Outcome, classify
 from penstock.report import Cause, Report
 from penstock.run import run
+from penstock.threads.crossing import AbandonedCall
 from penstock.threads.lane import LaneStatistics
 from penstock.threads.pull import pull_in_thread
 
 __all__ = [
+    "AbandonedCall",
     "AttemptTimeout",
+    "BlockingClient",
     "BodyTooLarge",
     "Cause",
     "CircuitOpen",
@@ -70,6 +76,8 @@ __all__ = [
     "Outcome",
     "Overloaded",
     "PenstockError",
+    "Pool",
+    "PoolStatistics",
     "ProgressLine",
     "Report",
     "Response",
@@ -83,11 +91,15 @@ __all__ = [
     "UsageError",
     "WrongLoop",
     "WrongThread",
+    "boto3_client",
     "classify",
     "compute",
+    "compute_each",
     "current_job",
+    "from_thread",
     "job",
     "pull_in_thread",
     "run",
+    "to_process",
     "to_thread",
 ]
