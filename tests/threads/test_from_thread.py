@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import gc
+import re
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,7 +21,7 @@ from penstock.threads import workers as workers_module
 from penstock.threads.crossing import DEEPEST_STACK, Call
 from penstock.threads.lane import Lane
 from penstock.threads.portal import Portal
-from penstock.threads.workers import SHARED, Worker, Workers
+from penstock.threads.workers import SHARED, Work, Worker, Workers
 
 BOUND = 10.0
 """Seconds after which a thread of a failed test lets go."""
@@ -939,3 +940,92 @@ def queued(executor: Executor) -> int:
     lane = executor.statistics().threads
     assert lane is not None
     return lane.waiting
+
+
+async def test_opposite_chains_without_a_thread_left_fail_with_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than to wait for ever: one is told, the other one goes on."""
+    monkeypatch.setattr(workers_module, "SPARE_THREADS", 0)
+    workers = Workers(2)
+    one, two = Lane("one", 1, workers=workers), Lane("two", 1, workers=workers)
+    portal, met = Portal(), threading.Barrier(2)
+
+    def ask(lane: Lane) -> Any:
+        met.wait(BOUND)
+        return portal.call(lane.call, (int,), {})
+
+    async with asyncio.timeout(BOUND):
+        answers = await asyncio.gather(one.call(ask, two), two.call(ask, one), return_exceptions=True)
+    assert sorted(type(answer).__name__ for answer in answers) == ["DeadlockError", "int"]
+    (error,) = [answer for answer in answers if isinstance(answer, DeadlockError)]
+    assert re.search(r"int in '(one|two)' <- .*ask in '(one|two)'", str(error))
+    assert workers._promised == 0
+
+
+async def test_opposite_chains_fail_when_their_further_thread_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error is the call's; the other one goes on."""
+    workers = Workers(8)
+    one, two = Lane("one", 1, workers=workers), Lane("two", 1, workers=workers)
+    portal, met = Portal(), threading.Barrier(2)
+    run = workers.run
+
+    def refuse(work: Work) -> None:
+        if type(work).__name__ == "_Relief":
+            workers.give_back()
+            raise RuntimeError("can't start new thread")
+        run(work)
+
+    monkeypatch.setattr(workers, "run", refuse)
+
+    def ask(lane: Lane) -> Any:
+        met.wait(BOUND)
+        return portal.call(lane.call, (int,), {})
+
+    async with asyncio.timeout(BOUND):
+        answers = await asyncio.gather(one.call(ask, two), two.call(ask, one), return_exceptions=True)
+    assert sorted(type(answer).__name__ for answer in answers) == ["RuntimeError", "int"]
+    assert workers._promised == 0
+
+
+async def test_a_further_thread_leaves_a_call_alone_that_has_been_given_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its caller was cancelled before the thread came."""
+    workers = Workers(8)
+    one, two = Lane("one", 1, workers=workers), Lane("two", 1, workers=workers)
+    portal, met, late = Portal(), threading.Barrier(2), asyncio.Event()
+    run, relieved, ran = workers.run, list[Work](), list[str]()
+
+    def hold(work: Work) -> None:
+        if type(work).__name__ == "_Relief":
+            relieved.append(work)
+            late.set()
+        else:
+            run(work)
+
+    monkeypatch.setattr(workers, "run", hold)
+    nested: list[asyncio.Task[None]] = []
+
+    async def given_up(lane: Lane) -> None:
+        nested.append(asyncio.create_task(lane.call(ran.append, lane.books.name)))
+        await asyncio.wait(nested[-1:])
+
+    def ask(lane: Lane) -> None:
+        met.wait(BOUND)
+        portal.call(given_up, (lane,), {})
+
+    async with asyncio.timeout(BOUND):
+        asking = asyncio.gather(one.call(ask, two), two.call(ask, one))
+        await late.wait()
+        while len(nested) < 2:
+            await asyncio.sleep(0)
+        for task in nested:
+            task.cancel()
+        await asyncio.wait(nested)
+        for work in relieved:
+            run(work)
+        await asking
+        while workers._promised:
+            await asyncio.sleep(0)
+    assert ran == []

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from penstock import ClosedError, Executor, JobTimeout, PenstockError, UsageError
 from penstock.context import RunningJob, enter
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
-from penstock.threads.crossing import AbandonedCall, Call
+from penstock.threads.crossing import AbandonedCall, Call, SubmittedCall
 from penstock.threads.lane import Lane
 from penstock.threads.portal import Portal
 from penstock.threads.workers import SHARED, Workers
@@ -1152,3 +1152,12 @@ def test_whatever_is_done_to_a_lane_its_books_balance(
         thread.join(BOUND)
     assert workers._promised == 0
     assert workers.threads == ()
+
+
+async def test_only_the_first_who_claims_a_submitted_call_runs_it(lane: Lane) -> None:
+    """It may be offered in two places: to its lane, and to a thread that waits for it."""
+    call = SubmittedCall(lane.books, int, (), {})
+    assert call.claim()
+    assert not call.claim()
+    assert call.future is not None
+    assert call.future.running()

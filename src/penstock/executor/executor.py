@@ -441,11 +441,11 @@ class Executor:
                 wait.cancel()
 
     def _close(self) -> None:
-        if self._portal is not None:
-            self._portal.close()
+        assert self._portal is not None, "opened before it is closed"
         if not self._closed:
+            self._closed = True
+            self._portal.close()
             self._lanes.close()
-        self._closed = True
 
     def _feed(
         self, call: str, fn: Callable[..., Any], source: Items[Any], *, key: Callable[[Any], Any] | None,
@@ -484,6 +484,8 @@ class Executor:
         return self._check_open(call)
 
     def _check_open(self, call: str) -> RunningJobs:
+        if self._jobs is not None and not self._draining and asyncio._get_running_loop() is self._loop:
+            return self._jobs  # as a rule: this is asked for every call
         jobs = self._opened()
         self._check_loop(call)
         if self._closed or (self._draining and self._lender() is None):

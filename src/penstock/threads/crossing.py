@@ -213,10 +213,10 @@ class SubmittedCall(Call):
 
     def claim(self) -> bool:
         """True for its thread, unless its future has been cancelled; from now on that cannot be done."""
-        future = self.future
-        if not super().claim() or future is None:
+        if not super().claim():
             return False
-        if future.set_running_or_notify_cancel():
+        assert self.future is not None, "only a call that is over has forgotten it, and that one was claimed"
+        if self.future.set_running_or_notify_cancel():
             return True
         with self.crossing.lock:
             self.crossing.never_started += 1
@@ -598,10 +598,9 @@ class _Further:
 
 
 def _lender(call: Call) -> Place:
-    for asking in asking_calls(call.context):
-        if asking.place is not None and asking.place.loan is call.held:
-            return asking.place
-    raise AssertionError("who holds a loan was asked for by the lender")
+    """Who holds a loan was asked for by the lender."""
+    places = (asking.place for asking in asking_calls(call.context) if asking.place is not None)
+    return next(place for place in places if place.loan is call.held)
 
 
 def _nothing() -> None:

@@ -314,7 +314,7 @@ class Lane(Executor):
             call, _ = self._queue.popitem(last=False)
             if call.claim():
                 self.books.started += 1
-                if self._queue:
+                if self._queue and not self._on_its_way and self._runners < self.limit:
                     with suppress(RuntimeError):  # no thread to be had: this one comes back
                         self._summon()
                 return call

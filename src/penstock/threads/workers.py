@@ -343,5 +343,5 @@ _NOBODY: list[Callable[[], None]] = []
 SHARED = Workers(most_threads())
 """The threads of this process's lanes. There is none until the first blocking call."""
 
-if hasattr(os, "register_at_fork"):
+if hasattr(os, "register_at_fork"):  # pragma: no branch  # Windows does not fork
     os.register_at_fork(after_in_child=SHARED.forget)
