@@ -40,6 +40,7 @@ from penstock.threads.crossing import (
     Door,
     Place,
     SubmittedCall,
+    asking_call,
     asking_calls,
     enter,
     out_of_threads,
@@ -209,11 +210,12 @@ class Lane(Executor):
         call.home = self
         call.asked = self._loop.time()
         self.asked += 1
-        nested = waited_for(call.context)
+        nested = call.context.get(asking_call) is not None and waited_for(call.context)
         try:
             with self._lock:
                 self._queue[call] = None
-                self._summon(nested)
+                if not self._on_its_way and self._runners < self.limit:
+                    self._summon(nested)
         except BaseException as error:  # noqa: BLE001  # no thread can be started: it belongs to who waits for the call
             self._send_away(call, contained(error, call.name))
         if nested and not call.over:
