@@ -42,7 +42,7 @@ from penstock.instruments.progress import ProgressLine
 from penstock.outcome import FailureKind, Outcome, classify
 from penstock.report import Cause, Report
 from penstock.run import run
-from penstock.threads.crossing import AbandonedCall
+from penstock.threads.call import AbandonedCall
 from penstock.threads.lane import LaneStatistics
 from penstock.threads.pull import pull_in_thread
 

@@ -18,8 +18,9 @@ from penstock.context import Lease, leases
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads import portal as module
 from penstock.threads import workers as workers_module
-from penstock.threads.crossing import DEEPEST_STACK, Call
+from penstock.threads.call import Call
 from penstock.threads.lane import Lane
+from penstock.threads.place import DEEPEST_STACK
 from penstock.threads.portal import Portal
 from penstock.threads.workers import SHARED, Work, Worker, Workers
 

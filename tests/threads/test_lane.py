@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from penstock import ClosedError, Executor, JobTimeout, PenstockError, UsageError
 from penstock.context import RunningJob, enter
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
-from penstock.threads.crossing import AbandonedCall, Call, SubmittedCall
+from penstock.threads.call import AbandonedCall, Call, SubmittedCall
 from penstock.threads.lane import Lane
 from penstock.threads.portal import Portal
 from penstock.threads.workers import SHARED, Workers

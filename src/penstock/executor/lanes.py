@@ -11,11 +11,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from penstock.callables import name_of
-from penstock.threads.crossing import AbandonedCall, named
+from penstock.threads.crossing import named
 from penstock.threads.lane import Lane, LaneStatistics
 from penstock.threads.workers import check_threads, usable_cores
 
 if TYPE_CHECKING:
+    from penstock.threads.call import AbandonedCall
     from penstock.threads.processes import Processes
 
 logger = logging.getLogger("penstock.threads")

@@ -16,7 +16,9 @@ from penstock.gate.round_trip import RoundTrip
 from penstock.gate.service import Service
 from penstock.outcome import FailureKind
 from penstock.permits import Companion, PermitQueue, take_first
-from penstock.threads.crossing import Call, Crossing, asking_call, enter, loans
+from penstock.threads.call import Call, asking_call
+from penstock.threads.crossing import Crossing, enter
+from penstock.threads.place import loans
 
 Classify = Callable[[Exception], FailureKind | None]
 """Says what kind of failure an error of a library is; None where it does not know."""

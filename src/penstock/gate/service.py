@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, classify
 from penstock.permits import PermitQueue
-from penstock.threads.crossing import AbandonedCall
+from penstock.threads.call import AbandonedCall
 
 
 @dataclass(frozen=True, slots=True)

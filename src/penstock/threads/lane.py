@@ -33,20 +33,10 @@ from penstock.callables import name_of
 from penstock.errors import ClosedError
 from penstock.outcome import contained
 from penstock.threads.backlog import Backlog
-from penstock.threads.crossing import (
-    AbandonedCall,
-    Call,
-    Crossing,
-    Door,
-    Place,
-    SubmittedCall,
-    asking_call,
-    asking_calls,
-    enter,
-    out_of_threads,
-    waited_for,
-)
+from penstock.threads.call import AbandonedCall, Call, SubmittedCall, asking_call, asking_calls, waited_for
+from penstock.threads.crossing import Crossing, Door, enter
 from penstock.threads.measured import LEAST_PLACES, Measured
+from penstock.threads.place import Place, out_of_threads
 from penstock.threads.workers import SHARED, Worker, Workers
 
 T = TypeVar("T")

@@ -25,7 +25,8 @@ from typing import Any
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.errors import ClosedError, WrongThread
 from penstock.outcome import contained
-from penstock.threads.crossing import Call, Place, asking_call, run_in_place
+from penstock.threads.call import Call, asking_call
+from penstock.threads.place import Place, run_in_place
 from penstock.threads.workers import Worker
 
 LOOK_AGAIN = 1.0

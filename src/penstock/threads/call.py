@@ -1,0 +1,260 @@
+"""One call in a thread: its states, and who waits for it.
+
+    made on the loop -> queued, or given to a thread -> claimed -> run, in the caller's context -> landed -> over
+
+What a call is at the moment is decided by who claims it first: its thread, which then runs it, or its caller that has
+gone, after which it never starts. A call *asks* when its thread waits for the loop (`penstock.from_thread`); calls that
+are made on its behalf find it in a context variable.
+
+Guarantees: what would end more than the call (`StopIteration`, `SystemExit`, `KeyboardInterrupt`) comes back as an
+error. A call that is over holds nothing of the user's.
+
+Threads: `value`, `error`, `began` and `ended` are written by the thread before the call lands. All else belongs to the
+loop thread, but for `claim`.
+"""
+
+import contextvars
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from penstock.callables import name_of
+from penstock.context import RunningJob, current_job
+from penstock.outcome import contained
+from penstock.permits import PermitQueue
+from penstock.threads.workers import Worker
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from penstock.threads.crossing import Crossing
+    from penstock.threads.place import Place
+
+
+@dataclass(frozen=True, slots=True)
+class AbandonedCall:
+    """A blocking call that still runs though nobody waits for it any more."""
+
+    name: str
+    """The function's name."""
+    job: str | None
+    """The job that made it, as its `repr`; None outside jobs."""
+    age: float
+    """Seconds since its thread began."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.age:.1f} s)"
+
+
+class Call:
+    """One blocking call.
+
+    What most calls never change stands on the class: one of these is made for every call.
+    """
+
+    label: str | None = None
+    """What messages call it; None is the function's name."""
+    home: object = None
+    """Whose permit it needs: a lane or a service key. Also while it runs on the place of another call."""
+    held: PermitQueue | None = None
+    """Where a permit comes from that a gate has taken for it."""
+    give_back: Callable[[], None] | None = None
+    """Called when it is over, for a permit that is to go back then."""
+    asked: float = 0.0
+    """When it was queued; 0 when it was not."""
+    began: float = 0.0
+    """When its thread began, on the loop's clock; 0 before."""
+    ended: float = 0.0
+    over: bool = False
+    abandoned: bool = False
+    error: Exception | None = None
+    value: Any = None
+    place: "Place | None" = None
+    """What it lends; made when its thread first waits for the loop."""
+
+    def __init__(
+        self, crossing: "Crossing", fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.crossing = crossing
+        self.fn = fn
+        self._args = args
+        self._kwargs = kwargs
+        self.context = contextvars.copy_context()
+        self.job: RunningJob | None = current_job()
+        self.waiter: asyncio.Future[Any] | None = crossing.loop.create_future()
+        """Its caller's; None when it is over, since an error's traceback knows this record: a cycle."""
+        self._claim = [True]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.label or name_of(self.fn)
+
+    def thread_name(self, number: int) -> str:
+        """What its thread is called: the lane and the job, or the function where there is no job."""
+        return f"penstock-{self.crossing.name}_{number} {self.job or self.name}"
+
+    # --- any thread ---
+
+    @property
+    def unclaimed(self) -> bool:
+        """Whether it may still be claimed."""
+        return bool(self._claim)
+
+    def claim(self) -> bool:
+        """True for the first who asks: its thread, which then runs it, or its caller, after which it never starts."""
+        try:
+            return self._claim.pop()
+        except IndexError:
+            return False
+
+    # --- its thread ---
+
+    def run(self) -> None:
+        """Call the function. It has been claimed. Never raises."""
+        now = self.crossing.loop.time
+        self.began = now()
+        try:
+            self.value = self.context.run(self.fn, *self._args, **self._kwargs)
+        except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
+            self.error = contained(error, self.name)
+        self.ended = now()
+
+    def claim_for_thread(self) -> bool:
+        """True if this thread is to run it, which is then counted."""
+        books = self.crossing
+        with books.lock:
+            claimed = self.claim()
+            books.started += claimed
+        return claimed
+
+    def run_claimed(self, worker: Worker) -> None:
+        """Run it, and count its end."""
+        outer, worker.call = worker.call, self
+        self.run()
+        worker.call = outer
+        books = self.crossing
+        with books.lock:
+            books.count_end(self)
+
+    def __call__(self, worker: Worker) -> None:
+        """As the work of a thread by itself, without a lane."""
+        if self.claim_for_thread():
+            self.run_claimed(worker)
+
+    def land(self) -> None:
+        """Its thread has ended it, or left it since its caller has gone."""
+        self.crossing.land(self)
+        self.crossing.end_external_work()
+
+    # --- loop thread ---
+
+    def leave(self) -> None:
+        """Its caller waits no longer: cancelled, or its coroutine was closed."""
+        if self.over:
+            return
+        if self.claim():
+            with self.crossing.lock:
+                self.crossing.never_started += 1
+        else:
+            self.crossing.abandon(self)
+
+    def refuse(self, error: Exception) -> None:
+        """It is not to begin."""
+        self.error = error
+        self.over = True
+        self.tell()
+        self.forget()
+
+    def tell(self) -> None:
+        """Let its caller go on, if it still waits."""
+        waiter = self.waiter
+        if waiter is None or waiter.done() or self.abandoned:
+            return
+        if self.error is None:
+            waiter.set_result(self.value)
+        else:
+            waiter.set_exception(self.error)
+
+    def forget(self) -> None:
+        """Let go of the user's data: whoever still knows this record needs them no more."""
+        self._args = ()
+        self._kwargs = {}
+        self.value = self.error = self.waiter = None
+        self.context = _short_cut(self.context)
+
+
+class SubmittedCall(Call):
+    """A call whose caller holds a `concurrent.futures.Future`, which is done as soon as the thread is."""
+
+    def __init__(
+        self, crossing: "Crossing", fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        super().__init__(crossing, fn, args, kwargs)
+        self.future: Future[Any] | None = Future()
+
+    def claim(self) -> bool:
+        """True for its thread, unless its future has been cancelled; from now on that cannot be done."""
+        if not super().claim():
+            return False
+        assert self.future is not None, "only a call that is over has forgotten it, and that one was claimed"
+        if self.future.set_running_or_notify_cancel():
+            return True
+        with self.crossing.lock:
+            self.crossing.never_started += 1
+        return False
+
+    def run(self) -> None:
+        """Call the function; then the future is done."""
+        super().run()
+        self.tell()
+
+    def tell(self) -> None:
+        """The future is done, if it is not yet."""
+        future = self.future
+        if future is None or future.done():
+            return
+        if self.error is None:
+            future.set_result(self.value)
+        else:
+            future.set_exception(self.error)
+
+    def forget(self) -> None:
+        """Let go of the future as well."""
+        super().forget()
+        self.future = None
+
+
+asking_call: ContextVar[Call | None] = ContextVar("penstock_asking_call", default=None)
+"""The call in a thread on whose behalf this code runs on the loop."""
+
+
+def asking_calls(context: contextvars.Context, home: object = None) -> Iterator[Call]:
+    """The calls that wait for what is done in `context`, the nearest first; all, or those with a permit of `home`."""
+    call = context.get(asking_call)
+    while call is not None:
+        if home is None or (call.home is home and not call.over):
+            yield call
+        call = call.context.get(asking_call)
+
+
+def waited_for(context: contextvars.Context) -> bool:
+    """Whether a thread waits, or may come to wait, for what is done in `context`."""
+    return context.get(asking_call) is not None and any(not call.over for call in asking_calls(context))
+
+
+def _short_cut(context: contextvars.Context) -> contextvars.Context:
+    """What is left of the context of a call that is over: who waits for it, without those that are over themselves.
+
+    A chain of calls, each of which has the next one made and ends, must not grow for ever.
+    """
+    if context.get(asking_call) is None:
+        return _NO_CONTEXT
+    short = contextvars.Context()
+    short.run(asking_call.set, next((call for call in asking_calls(context) if not call.over), None))
+    return short
+
+
+_NO_CONTEXT = contextvars.Context()
