@@ -3,13 +3,13 @@
 import asyncio
 import functools
 import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
 
-from penstock.callables import check_function, is_async, name_of, refuse_coroutine
+from penstock.callables import check_function, check_value, is_async, name_of, refuse_coroutine
 from penstock.errors import UsageError
 
 
@@ -23,6 +23,27 @@ def blocking(record: int) -> int:
 
 async def generating(_record: int) -> AsyncIterator[int]:
     yield 1
+
+
+def plainly_generating(_record: int) -> Iterator[int]:
+    yield 1
+
+
+class Generating:
+    def __call__(self, _record: int) -> Iterator[int]:
+        yield 1
+
+    def method(self, _record: int) -> Iterator[int]:
+        yield 1
+
+
+GENERATOR_FUNCTIONS: list[Callable[..., Any]] = [
+    plainly_generating,
+    functools.partial(plainly_generating),
+    functools.partial(functools.partial(plainly_generating, 1)),
+    Generating(),
+    Generating().method,
+]
 
 
 def forgets_to_await(record: int) -> Coroutine[Any, Any, int]:
@@ -121,7 +142,7 @@ def test_a_coroutine_object_is_refused_and_closed() -> None:
     with pytest.raises(UsageError) as caught:
         check_function(coroutine, "executor.submit")
     assert str(caught.value) == (
-        "found a coroutine object (score), expected a function: penstock calls it itself, and again for a retry. "
+        "found a coroutine object (score), expected a function: penstock calls it itself, where and when it is to run. "
         "Write `executor.submit(score, ...)`, without calling score."
     )
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
@@ -152,6 +173,39 @@ def test_an_async_generator_function_is_refused(fn: Callable[..., Any]) -> None:
     """Calling it runs nothing: every job would succeed and have done no work. Most often a decorator is missing."""
     with pytest.raises(UsageError, match=r"async generator function generating: .*@penstock\.job.*run\(generating,"):
         check_function(fn, "executor.map")
+
+
+@pytest.mark.parametrize("fn", GENERATOR_FUNCTIONS, ids=name_of)
+def test_a_generator_function_is_refused(fn: Callable[..., Any]) -> None:
+    """For the same reason, however it is dressed."""
+    with pytest.raises(UsageError, match=r"found the generator function \S*: .* none of it\. Return the value instead"):
+        check_function(fn, "executor.map")
+
+
+@pytest.mark.parametrize("fn", [*GENERATOR_FUNCTIONS, generating], ids=name_of)
+def test_what_a_generator_function_returned_is_refused(fn: Callable[..., Any]) -> None:
+    with pytest.raises(UsageError, match=r"found the (async )?generator function .* none of it"):
+        check_value(fn, fn(*[] if getattr(fn, "args", None) else [1]), "executor.compute")
+
+
+def test_what_an_async_function_returned_in_a_thread_is_refused_and_closed() -> None:
+    """It belongs on the loop."""
+    coroutine: Any = score(1)
+    with pytest.raises(UsageError) as caught:
+        _ = check_value(score, coroutine, "executor.to_thread")
+    assert str(caught.value) == (
+        "executor.to_thread found score, which is an async function: it needs no thread. Write `await score(...)`."
+    )
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
+    with pytest.raises(UsageError, match=r"forgets_to_await returned a coroutine \(score\)"):
+        _ = check_value(forgets_to_await, forgets_to_await(1), "executor.to_thread")
+
+
+def test_a_generator_that_a_plain_function_returned_is_a_value() -> None:
+    """It was made on purpose, to be read by the caller."""
+    squares = (number * number for number in range(3))
+    assert check_value(lambda: squares, squares, "executor.compute") is squares
+    assert check_value(len, 3, "executor.compute") == 3
 
 
 def test_a_coroutine_that_nobody_awaited_is_refused_and_closed() -> None:

@@ -441,6 +441,57 @@ report = penstock.run(job, itertools.count())
 
 
 @either
+def test_signals_end_an_opening_that_hangs(start: Start, number: int, name: str, options: tuple[str, ...]) -> None:
+    """The second one; it needs no third, which would end the program without a report."""
+    script = start(
+        """
+@penstock.job
+async def job():
+    try:
+        print("opening")
+        await asyncio.sleep(3600)
+        yield print
+    finally:
+        print("closed")
+report = penstock.run(job, itertools.count())
+"""
+        + REPORT,
+        *options,
+    )
+    script.read_until("opening")
+    script.send(number)
+    script.read_until(first(name))
+    script.send(number)
+    assert script.ended() == 130
+    assert script.lines == ["opening", first(name), second(name), "closed", "report 0 0 0 interrupted"]
+
+
+@either
+def test_a_deadline_ends_a_closing_that_hangs(start: Start, number: int, name: str, options: tuple[str, ...]) -> None:
+    """A container is stopped in time though its job does not close."""
+    script = start(
+        """
+sys.modules["penstock.executor.resources"].PATIENCE = 0.1
+async def score(item): ...
+@penstock.job
+async def job():
+    yield score
+    print("closing")
+    await asyncio.sleep(3600)
+report = penstock.run(job, [1], drain_timeout=0.1)
+"""
+        + REPORT,
+        *options,
+    )
+    script.read_until("closing")
+    script.send(number)
+    assert script.ended() == 0
+    assert script.lines[:3] == ["closing", first(name, 0.1), too_late(0.1)]
+    assert "<penstock.Job job> did not close its resources within 0.1 s" in script.lines[3]
+    assert script.lines[4:] == ["report 1 1 0 None"]
+
+
+@either
 def test_a_signal_while_a_job_starts(start: Start, number: int, name: str, options: tuple[str, ...]) -> None:
     """In the middle of its first step, with others that have not had theirs."""
     script = start(

@@ -5,6 +5,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -277,7 +278,7 @@ def test_the_progress_line_is_kept_alive_while_no_job_ends(
 # --- the process's own things ---
 
 
-@pytest.mark.parametrize("value", [-1, float("nan"), "25", True])
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "25", True])
 def test_a_drain_timeout_that_cannot_work_is_refused(value: Any) -> None:
     with pytest.raises(UsageError, match=rf"drain_timeout={value!r}: expected seconds of at least 0, or None"):
         penstock.run(double, [1], drain_timeout=value)
@@ -460,6 +461,85 @@ def test_a_second_signal_cancels(
     assert (report.read, report.left, report.done, report.stopped, report.exit_code) == (4, 4, 0, "interrupted", 130)
     assert closed
     assert messages(caplog) == [first(names[0]), second(names[1])]
+
+
+@pytest.mark.parametrize("drain_timeout", [None, 0, 0.02])
+def test_what_is_still_opening_is_cancelled(caplog: pytest.LogCaptureFixture, drain_timeout: float | None) -> None:
+    """By a second signal or the deadline, as jobs are. What it has opened is closed; nothing is read."""
+    closed = False
+
+    @penstock.job
+    async def definition() -> AsyncGenerator[Any, None]:
+        nonlocal closed
+        press()
+        if drain_timeout is None:
+            press()
+        try:
+            await asyncio.sleep(3600)
+            yield double
+        finally:
+            closed = True
+
+    report = penstock.run(definition, itertools.count(), drain_timeout=drain_timeout)
+    report.verify()
+    assert (report.read, report.left, report.done, report.stopped, report.exit_code) == (0, 0, 0, "interrupted", 130)
+    assert closed
+    assert len(messages(caplog)) == 2
+
+
+@pytest.mark.parametrize("drain_timeout", [None, 0.02])
+def test_what_does_not_close_is_cut_off_and_named(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, drain_timeout: float | None
+) -> None:
+    """The report of what was done before is kept."""
+    monkeypatch.setattr("penstock.executor.resources.PATIENCE", 0.05)
+    cancelled = False
+
+    @penstock.job
+    async def definition() -> AsyncGenerator[Any, None]:
+        nonlocal cancelled
+        yield double
+        press()
+        if drain_timeout is None:
+            press()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
+
+    report = penstock.run(definition, [1, 2, 3], drain_timeout=drain_timeout)
+    assert (report.read, report.done, report.stopped) == (3, 3, None)
+    assert cancelled
+    (complaint,) = [record.getMessage() for record in caplog.records if record.name == "penstock.jobs"]
+    assert re.search(r"<penstock.Job .*definition> did not close its resources within 0.05 s", complaint)
+
+
+def test_a_closing_after_the_deadline_has_its_own_time(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not held against it that jobs had to be cancelled first."""
+    closed = False
+
+    async def job(_item: int) -> None:
+        press()
+        press()
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            await asyncio.sleep(0.05)
+
+    @penstock.job
+    async def definition() -> AsyncGenerator[Any, None]:
+        nonlocal closed
+        try:
+            yield job
+        finally:
+            await asyncio.sleep(0.05)
+            closed = True
+
+    report = penstock.run(definition, [1])
+    assert (report.left, report.stopped) == (1, "interrupted")
+    assert closed
+    assert messages(caplog) == [first(), second()]
 
 
 def test_two_signals_at_once_cancel(caplog: pytest.LogCaptureFixture) -> None:

@@ -94,6 +94,6 @@ def host_of_current_job(wanted: str) -> Host:
     if job is None:
         raise UsageError(
             f"penstock.{wanted} was called outside a job, so it cannot know which executor is meant. "
-            f"Write `await executor.{wanted}(...)`."
+            f"Write `{'' if wanted == 'from_thread' else 'await '}executor.{wanted}(...)`."
         )
     return job.host

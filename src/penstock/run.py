@@ -6,8 +6,9 @@ What belongs to the process and not to a library (signals, the switch interval o
 else, and put back.
 
 Guarantees: once a signal has come, the waits for jobs are bounded: for those in flight by the drain's deadline, for
-cancelled ones and for tasks that swallow their cancellation by `PATIENCE`. Threads of the executor are not waited for.
-Unbounded are what the user's own code does when resources are opened and closed, and asyncio's default executor.
+cancelled ones, for the closing of resources and for tasks that swallow their cancellation by `PATIENCE`. Threads of the
+executor are not waited for. Unbounded are an opening or a closing that swallows its cancellation, and asyncio's default
+executor.
 """
 
 import asyncio
@@ -20,11 +21,12 @@ from typing import Any, TypeVar
 from penstock.errors import UsageError
 from penstock.events import Instrument
 from penstock.executor.definition import Job
-from penstock.executor.executor import Executor
+from penstock.executor.executor import Executor, check_seconds
 from penstock.executor.running import PATIENCE
 from penstock.executor.signals import DRAIN_TIMEOUT, Interrupts
 from penstock.instruments.progress import ProgressLine
 from penstock.report import Report
+from penstock.threads.main_guard import refuse_a_child_that_imports
 from penstock.threads.switch_interval import SHORT, short_switch_interval
 
 T = TypeVar("T")
@@ -52,11 +54,12 @@ def run(
     `Executor.as_completed`.
 
     **Signals**: Ctrl-C (SIGINT) or SIGTERM drains: no more items are taken, what is in flight is finished, the report
-    says that it was interrupted; after `drain_timeout` seconds what still runs is cancelled. A second signal cancels
-    at once. A third one ends the program, even where a job blocks the loop: Ctrl-C by `KeyboardInterrupt`, SIGTERM as
-    if it had no handler. Calls that hang in threads of the executor are left behind, and the interpreter does not wait
-    for them at its exit, as it does for `asyncio.to_thread`. Each signal is left alone outside the main thread, and
-    where the program has a handler of its own.
+    says that it was interrupted; after `drain_timeout` seconds what still runs is cancelled: the opening of the job's
+    resources too, and their closing 5 s later. A second signal cancels at once. A third one ends the program, even
+    where a job blocks the loop: Ctrl-C by `KeyboardInterrupt`, SIGTERM as if it had no handler. Calls that hang in
+    threads of the executor are left behind, and the interpreter does not wait for them at its exit, as it does for
+    `asyncio.to_thread`. Each signal is left alone outside the main thread, and where the program has a handler of its
+    own.
 
     Args:
         job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
@@ -79,8 +82,9 @@ def run(
         KeyboardInterrupt: Ctrl-C was pressed three times, or when the run was over.
         Exception: what the source raised, or the job's opening or closing.
     """
+    refuse_a_child_that_imports("penstock.run()")
     _refuse_a_running_loop()
-    _check_drain_timeout(drain_timeout)
+    check_seconds("drain_timeout", drain_timeout)
     _check_switch_interval(switch_interval)
     line = _progress_line(progress, items)
     listening = [*instruments, line] if line is not None else list(instruments)
@@ -162,12 +166,6 @@ def _refuse_a_running_loop() -> None:
         "penstock.run() was called under a running event loop, which it would block. Write "
         "`async with Executor() as executor: report = await executor.run(job, items)`."
     )
-
-
-def _check_drain_timeout(timeout: object) -> None:
-    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and timeout >= 0):  # type: ignore[operator]
-        raise UsageError(f"drain_timeout={timeout!r}: expected seconds of at least 0, or None for no deadline.")
 
 
 def _check_switch_interval(interval: object) -> None:

@@ -425,6 +425,22 @@ async def test_what_boto3_refuses_is_refused_where_the_client_is_opened() -> Non
             pass
 
 
+@pytest.mark.parametrize(
+    ("service", "options", "message"),
+    [
+        (None, {}, r'boto3_client\(None\): expected the name of a service.*"s3"'),
+        ("", {}, r"boto3_client\(''\): expected the name of a service"),
+        ("s3", {"config": {"region_name": "eu"}}, r"config=\{.*\}: .*Write `config=botocore\.config\.Config\("),
+        ("s3", {"session": "profile"}, r"session='profile': .*Session\(profile_name=\.\.\.\)`"),
+        ("s3", {"session": boto3.session.Session}, r"session=<class .*: .*expected a session"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(service: Any, options: dict[str, Any], message: str) -> None:
+    """Before anything is opened, with what to write."""
+    with pytest.raises(UsageError, match=message):
+        boto3_client(service, **options)
+
+
 def test_a_missing_boto3_is_told_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the client is made, not where it is first used."""
     monkeypatch.setitem(sys.modules, "boto3", None)

@@ -5,6 +5,8 @@ import contextvars
 import gc
 import http.client
 import http.server
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -28,6 +30,7 @@ from penstock import (
     WrongLoop,
     WrongThread,
 )
+from penstock.clients.blocking import LEAST_TO_OPEN
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads.workers import SHARED, Worker
 
@@ -124,7 +127,7 @@ async def test_the_loop_goes_on_while_the_factory_takes_its_time() -> None:
             latch.wait()
             return Sdk()
 
-        opening = await start(BlockingClient(slow).__aenter__)
+        opening = await start(BlockingClient(slow, timeout=None).__aenter__)
         await asyncio.sleep(60)
         assert not opening.done()
         latch.open()
@@ -169,6 +172,37 @@ async def test_a_client_whose_opening_is_cancelled_is_closed_as_soon_as_it_is_ma
         assert made == []
     await asyncio.sleep(0.001)
     assert len(made[0].closed_in) == 1
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize(("timeout", "opening"), [(0.01, LEAST_TO_OPEN), (20.0, 20.0)])
+async def test_the_timeout_covers_the_opening(timeout: float, opening: float, made: list[Sdk]) -> None:
+    """But a short one for calls is none for making a client. The client that comes later is closed."""
+    with ThreadLatch(virtual_loop()) as latch:
+
+        def slow() -> Sdk:
+            latch.wait()
+            return Sdk()
+
+        client = BlockingClient(slow, name="store", timeout=timeout)
+        started = virtual_loop().time()
+        with pytest.raises(
+            AttemptTimeout, match=rf"^store: its factory .*slow has made no client within {opening:g} s "
+        ):
+            await client.__aenter__()
+        assert (virtual_loop().time() - started, made) == (opening, [])
+        with pytest.raises(ClosedError, match="is not open yet"):
+            await client.call("echo")
+    await asyncio.sleep(0.001)
+    assert len(made[0].closed_in) == 1
+
+
+async def test_a_time_out_of_the_factory_itself_comes_out_unchanged() -> None:
+    def slow() -> Sdk:
+        raise TimeoutError("mine")
+
+    with pytest.raises(TimeoutError, match="^mine$"):
+        await BlockingClient(slow, timeout=HOUR).__aenter__()
 
 
 @pytest.mark.virtual_clock
@@ -224,6 +258,10 @@ async def make_async() -> Sdk:
         (5, {}, r"found 5, expected a function\. Write `BlockingClient\(fn, \.\.\.\)`"),
         (Sdk, {"close": "close"}, r"close='close': expected a function"),
         (Sdk, {"classify": 4}, r"classify=4: expected a function"),
+        (Sdk, {"classify": make_async}, r"classify=make_async: found an async function, expected a plain one"),
+        (Sdk, {"close": make_async}, r"close=make_async: found an async function, expected a plain one"),
+        (Sdk, {"per_thread": "yes"}, r"per_thread='yes': expected True or False"),
+        (Sdk, {"name": 3}, r"name=3: expected a string"),
         (Sdk, {"limit": 0}, r"limit=0: expected a whole number"),
         (Sdk, {"limit": SHARED.most + 1}, r"limit=\d+: this process uses at most \d+ threads.*Write at most limit=\d+"),
         (Sdk, {"timeout": 0}, r"timeout=0: expected seconds above 0"),
@@ -235,6 +273,28 @@ def test_a_client_that_cannot_work_is_refused(factory: Any, options: dict[str, A
     """Before anything is opened, with what was found and what to write."""
     with pytest.raises(UsageError, match=message):
         BlockingClient(factory, **options)
+
+
+def test_where_memory_is_small_the_default_is_the_threads_that_there_are() -> None:
+    """Only a number that somebody wrote is refused."""
+    program = (
+        "import builtins, io\n"
+        "real = open\n"
+        "small = lambda path, *args, **kwargs: (\n"
+        "    io.StringIO(str(64 << 20)) if path == '/sys/fs/cgroup/memory.max' else real(path, *args, **kwargs)\n"
+        ")\n"
+        "builtins.open = small\n"
+        "import penstock\n"
+        "print(penstock.BlockingClient(dict), penstock.boto3_client('s3'))\n"
+        "try:\n"
+        "    penstock.BlockingClient(dict, limit=32)\n"
+        "except penstock.UsageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    shown, refused = done.stdout.splitlines()
+    assert shown == "<BlockingClient 'dict' new limit=16> <BlockingClient 's3' new limit=16>"
+    assert refused.startswith("limit=32: this process uses at most 16 threads")
 
 
 async def test_it_tells_what_it_is() -> None:
@@ -360,6 +420,38 @@ async def test_classify_says_what_the_sdks_errors_are(made: list[Sdk]) -> None:
     assert penstock.classify(outcomes[1].error or ValueError()) is FailureKind.THROTTLED
     assert seen.failed == {FailureKind.THROTTLED: 3, FailureKind.TRANSIENT: 1, FailureKind.PERMANENT: 1}
     assert len(made[0].calls) == 7
+
+
+async def never_awaited() -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (lambda _: "flaky", "answered 'flaky'"),
+        (lambda _: True, "answered True"),
+        (lambda _: never_awaited(), "returned a coroutine"),
+        (lambda error: error.code, "raised AttributeError"),
+    ],
+)
+async def test_a_classify_that_is_wrong_does_not_hide_the_sdks_error(
+    answer: Callable[[Exception], Any], found: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each error has a note of it; the log has one line, with the words that there are."""
+    async with BlockingClient(Sdk, classify=answer, retry=Retry(attempts=3, wait=0)) as client:
+        for _ in range(2):
+            with pytest.raises(Busy) as caught:
+                await client.call("fail", [Busy()])
+            (note,) = [note for note in caught.value.__notes__ if "classify" in note]
+            assert found in note
+            assert penstock.classify(caught.value) is FailureKind.PERMANENT
+    (line,) = told(caplog)
+    assert "expected None or a FailureKind: throttled, transient, permanent, cancelled, bug" in line
+
+
+async def test_classify_may_answer_by_the_word() -> None:
+    async with BlockingClient(Sdk, classify=lambda _: "transient", retry=Retry(attempts=2, wait=0)) as client:
+        assert await client.call("fail", [Busy()]) == "done"
 
 
 @pytest.mark.parametrize("error", [StopIteration(1), SystemExit(3), KeyboardInterrupt()], ids=repr)

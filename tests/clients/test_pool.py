@@ -386,7 +386,7 @@ async def _kind_of(pool: Pool[Any]) -> type:
 
 @pytest.mark.virtual_clock
 async def test_a_close_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    """Its place is taken so long, and then comes back."""
+    """Its place is taken so long, and then comes back. Leaving the pool has no more time than one close."""
 
     async def close(_: object) -> None:
         await asyncio.sleep(HOUR)
@@ -398,10 +398,63 @@ async def test_a_close_that_hangs_is_given_up(caplog: pytest.LogCaptureFixture) 
         started = asyncio.get_running_loop().time()
         async with pool.acquire():
             assert asyncio.get_running_loop().time() - started == PATIENCE
-    assert messages(caplog) == ["pool 'db': closing a resource takes more than 5 s and is given up"] * 2
+        started = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - started == PATIENCE
+    await settled(pool)
+    given_up = "pool 'db': closing a resource takes more than 5 s and is given up"
+    left = (
+        "pool 'db' was left while 1 of its resources are in use; each is closed when it comes back: in use by 1 "
+        "being opened, checked or closed"
+    )
+    assert messages(caplog) == [given_up, left, given_up]
 
 
 # --- waiting ---
+
+
+@pytest.mark.virtual_clock
+async def test_a_close_in_a_thread_keeps_its_place_until_the_thread_has_ended(
+    bank: Bank, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long it takes: the server still has that connection."""
+
+    def close(thing: Thing) -> None:
+        latch.wait()
+        bank.close_blocking(thing)
+
+    with ThreadLatch(virtual_loop()) as latch:
+        async with Pool(bank.open_blocking, size=1, close=close, name="db") as pool:
+            with suppress(KeyError):
+                async with pool.acquire():
+                    raise KeyError
+            asking = asyncio.create_task(use(pool))
+            await asyncio.sleep(PATIENCE - 1)
+            assert (counts(pool), pool.statistics().abandoned) == ((1, 0, 1), 0)
+            await asyncio.sleep(HOUR)
+            assert (counts(pool), pool.statistics().abandoned) == ((1, 0, 1), 1)
+            assert messages(caplog) == [
+                "pool 'db': closing a resource takes more than 5 s; it keeps its place until its thread has ended"
+            ]
+            latch.open()
+            await asking
+            assert (pool.statistics().abandoned, pool.statistics().closed, bank.most) == (0, 1, 1)
+    assert bank.alive == 0
+
+
+@pytest.mark.virtual_clock
+async def test_an_opening_in_a_thread_for_which_nobody_waits_is_counted_as_abandoned(bank: Bank) -> None:
+    def connect() -> Thing:
+        latch.wait()
+        return bank.open_blocking()
+
+    with ThreadLatch(virtual_loop()) as latch:
+        async with Pool(connect, size=2, close=bank.close_blocking, timeout=3) as pool:
+            with pytest.raises(AttemptTimeout):
+                await use(pool)
+            assert (counts(pool), pool.statistics().abandoned) == ((1, 0, 0), 1)
+            latch.open()
+            await settled(pool)
+            assert (counts(pool), pool.statistics().abandoned) == ((0, 1, 0), 0)
 
 
 @pytest.mark.virtual_clock
@@ -1082,11 +1135,13 @@ async def test_a_suspect_that_is_checked_while_the_pool_is_left_is_closed() -> N
 @pytest.mark.virtual_clock
 @pytest.mark.parametrize("latency", [3.0, HOUR])
 async def test_leaving_ends_what_is_being_opened(latency: float) -> None:
-    """It is waited for, then cancelled; what was opened is closed. Who asked is told that the pool was closed."""
+    """It is cancelled at once, since nobody would get it. Who asked is told that the pool was closed."""
     bank = Bank(latency=latency)
     async with Pool(bank.open, size=1) as pool:
         asking = asyncio.create_task(use(pool))
         await asyncio.sleep(1)
+        started = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() == started
     with pytest.raises(ClosedError):
         await asking
     await settled(pool)
@@ -1115,6 +1170,24 @@ async def test_what_is_being_opened_in_a_thread_is_closed_when_it_comes(
         await settled(pool)
         await asyncio.sleep(1)
     assert (bank.made, bank.alive) == (1, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_leaving_has_one_budget_for_using_and_closing(caplog: pytest.LogCaptureFixture) -> None:
+    """What comes back late goes on closing, and the program goes on."""
+    bank = Bank(latency=4)
+    async with Pool(bank.open, size=1, name="db") as pool:
+        holder = asyncio.create_task(use(pool, 6))
+        await asyncio.sleep(6)
+        started = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - started == PATIENCE
+    assert messages(caplog) == [
+        "pool 'db' was left while 1 of its resources are in use; each is closed when it comes back: in use by 1 "
+        "being opened, checked or closed"
+    ]
+    await holder
+    await settled(pool)
+    assert bank.alive == 0
 
 
 @pytest.mark.virtual_clock
@@ -1197,6 +1270,7 @@ async def test_a_pool_belongs_to_the_loop_on_which_it_was_opened(bank: Bank) -> 
         ({"check": 1}, "check=1: expected a function"),
         ({"idle_timeout": 0}, "idle_timeout=0: expected seconds above 0"),
         ({"timeout": -1}, "timeout=-1: expected seconds above 0"),
+        ({"name": 3}, "name=3: expected a string"),
     ],
     ids=str,
 )
@@ -1210,6 +1284,47 @@ async def test_a_factory_that_cannot_be_called_is_refused(bank: Bank) -> None:
         Pool(bank.open(), size=1)  # type: ignore[call-overload]
     with pytest.raises(UsageError, match=r"Write `Pool\(fn, ...\)`"):
         Pool("sqlite:///", size=1)  # type: ignore[call-overload]
+
+
+def test_a_connection_in_place_of_a_function_that_connects_is_refused() -> None:
+    """That of sqlite3 can be called, which compiles a statement."""
+    connection = sqlite3.connect(":memory:")
+    try:
+        with pytest.raises(UsageError, match=r"found an open connection .*Write `Pool\(connect, size=3\)`"):
+            Pool(connection, size=3)  # type: ignore[arg-type]
+    finally:
+        connection.close()
+
+
+async def test_an_acquire_that_is_no_async_with_says_what_to_write(bank: Bank) -> None:
+    async with Pool(bank.open, size=1) as pool:
+        lease: Any = pool.acquire()
+        with pytest.raises(UsageError, match=r"Write `async with pool\.acquire\(\) as resource:`"):
+            await lease
+        with pytest.raises(UsageError, match="Write `async with"), lease:
+            pass
+        async with lease as thing:  # nothing has been taken for it
+            assert thing.number == 1
+
+
+async def test_a_check_that_is_a_bug_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Else the pool would for ever make new resources, and nobody would know why."""
+
+    def check(resource: Any) -> None:
+        resource.pink()
+
+    async with Pool(object, size=1, check=check, name="db") as pool:
+        for _ in range(3):
+            with suppress(KeyError):
+                async with pool.acquire():
+                    raise KeyError
+            await settled(pool)
+    assert messages(caplog) == [
+        "pool 'db': its check raised AttributeError, which is a mistake in the check: each resource that is checked "
+        "is replaced"
+    ]
+    (told,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.exc_info is not None
 
 
 async def test_a_pool_shows_its_state(bank: Bank) -> None:

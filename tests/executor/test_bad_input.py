@@ -74,7 +74,15 @@ async def test_an_async_function_does_not_belong_in_a_thread() -> None:
     """Its coroutine would never be awaited."""
     async with Executor() as executor:
         for run in (executor.to_thread, executor.compute):
-            with pytest.raises(UsageError, match="job returned a coroutine"):
+            with pytest.raises(
+                UsageError, match=r"found 17, expected a function\. Write `executor\.(to_thread|compute)\("
+            ):
+                _ = await run(17, 1)  # type: ignore[arg-type]
+            with pytest.raises(UsageError, match=r"found a coroutine object \(job\)"):
+                _ = await run(job(1))  # type: ignore[arg-type]
+            with pytest.raises(
+                UsageError, match=r"found job, which is an async function: it needs no thread\. Write `await job"
+            ):
                 _ = await run(job, 1)
 
 

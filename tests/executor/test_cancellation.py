@@ -1,11 +1,13 @@
 """Cancellation tried at every step: whenever it comes, every slot comes back and nothing runs on."""
 
 import asyncio
+import concurrent.futures
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 import pytest
 
-from penstock import Executor
+from penstock import Executor, FailureKind
 from penstock.testing import cancel_at_every_step
 
 Scenario = Callable[[Executor], Awaitable[object]]
@@ -123,3 +125,22 @@ def free_slots(executor: Executor) -> int:
     queue = executor._jobs.slots._free
     assert queue.waiting == 0
     return queue.limit - queue.in_flight
+
+
+async def leave_at_once(_item: int) -> None:
+    raise concurrent.futures.CancelledError("mine")
+
+
+def leave_in_a_thread(_item: int) -> None:
+    raise concurrent.futures.CancelledError("mine")
+
+
+@pytest.mark.parametrize("leave", [leave_at_once, leave_in_a_thread])
+async def test_a_job_that_raises_a_future_s_cancellation_has_cancelled_itself(leave: Callable[[int], Any]) -> None:
+    """What a wait for a future in a thread raises: it is the outcome, the very error, and cancels nobody."""
+    async with Executor() as executor:
+        (outcome,) = [outcome async for outcome in executor.as_completed(leave, [1])]
+        assert (outcome.kind, type(outcome.error)) == (FailureKind.CANCELLED, concurrent.futures.CancelledError)
+        with pytest.raises(concurrent.futures.CancelledError, match="mine"):
+            await executor.submit(leave, 1)
+        assert executor.statistics().failed == {FailureKind.CANCELLED: 2}

@@ -5,12 +5,14 @@ import contextlib
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 
 import penstock
 from penstock import ClosedError, Executor, UsageError
 from penstock.executor.active import ActiveJob
+from penstock.executor.running import PATIENCE
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -92,6 +94,55 @@ async def test_timeout_cancels_what_still_runs_after_it() -> None:
         assert quick.result() == 1
         assert slow.cancelled()
         await executor.shutdown()
+
+
+@pytest.mark.parametrize("value", ["5", -1, float("inf"), float("nan"), True])
+async def test_a_timeout_that_cannot_work_is_refused(value: Any) -> None:
+    """And nothing is shut down."""
+    async with Executor() as executor:
+        with pytest.raises(UsageError, match=rf"timeout={value!r}: expected seconds of at least 0, or None"):
+            await executor.shutdown(timeout=value)
+        assert await executor.submit(nap, 1) == 1
+
+
+@pytest.mark.parametrize(("opening", "shorter"), [(True, None), (False, None), (True, 2.0), (False, 2.0)])
+async def test_a_shutdown_with_a_timeout_bounds_what_opens_and_closes(opening: bool, shorter: float | None) -> None:
+    """Also where no signal is involved. It may be asked for again, with a shorter timeout."""
+    loop = asyncio.get_running_loop()
+
+    @penstock.job
+    async def job() -> AsyncGenerator[Callable[[float], Awaitable[float]], None]:
+        if opening:
+            await asyncio.sleep(1_000)
+        yield nap
+        await asyncio.sleep(1_000)
+
+    async with Executor() as executor:
+        run = asyncio.create_task(executor.run(job, [0.0]))
+        await asyncio.sleep(1)
+        started = loop.time()
+        for timeout in [10.0] if shorter is None else [10.0, shorter, 10.0]:
+            await executor.shutdown(timeout=timeout)
+        report = await run
+        bound = (shorter or 10.0) + (0 if opening else PATIENCE)
+        assert loop.time() - started == pytest.approx(bound)
+        assert (report.done, report.stopped) == ((0, "interrupted") if opening else (1, None))
+
+
+@pytest.mark.parametrize("opening", [True, False])
+async def test_a_timeout_of_the_resources_own_is_raised(opening: bool) -> None:
+    """It is not taken for the shutdown's."""
+
+    @penstock.job
+    async def job() -> AsyncGenerator[Callable[[float], Awaitable[float]], None]:
+        if opening:
+            raise TimeoutError("mine")
+        yield nap
+        raise TimeoutError("mine")
+
+    async with Executor() as executor:
+        with pytest.raises(TimeoutError, match="mine"):
+            await executor.run(job, [0.0])
 
 
 async def test_a_stream_under_shutdown_delivers_what_was_in_flight_then_says_closed() -> None:

@@ -148,7 +148,9 @@ async def test_submit_belongs_to_the_loop_thread() -> None:
         def outside() -> None:
             executor.submit(add, 1)
 
-        with pytest.raises(WrongThread, match="loop.call_soon_threadsafe"):
+        with pytest.raises(
+            WrongThread, match=r"in a thread, write `executor\.from_thread\(executor\.submit, \.\.\.\)`"
+        ):
             await executor.submit(outside)
 
         async def on_another_loop() -> None:

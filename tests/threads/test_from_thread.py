@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 import penstock
-from penstock import ClosedError, DeadlockError, Executor, UsageError, WrongThread, current_job
+from penstock import ClosedError, DeadlockError, Executor, Gate, UsageError, WrongThread, current_job
 from penstock.context import Lease, leases
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads import portal as module
 from penstock.threads import workers as workers_module
 from penstock.threads.call import Call
 from penstock.threads.lane import Lane
-from penstock.threads.place import DEEPEST_STACK
+from penstock.threads.place import DEEPEST_STACK, LAST_RESORT
 from penstock.threads.portal import Portal
 from penstock.threads.workers import SHARED, Work, Worker, Workers
 
@@ -51,6 +51,10 @@ def workers() -> Iterator[Workers]:
     for thread in workers.threads:
         thread.join(BOUND)
     assert (workers.threads, workers._promised) == ((), 0)
+
+
+def generating() -> Iterator[int]:
+    yield 1
 
 
 async def add(left: int, right: int = 0) -> int:
@@ -117,14 +121,16 @@ async def test_the_ambient_call_finds_the_executor_of_the_job(executor: Executor
         return penstock.from_thread(add, 1, 2)
 
     assert await executor.submit(blocking) == 3
-    with pytest.raises(UsageError, match=r"penstock\.from_thread was called outside a job"):
+    with pytest.raises(UsageError, match=r"from_thread was called outside a job.*Write `executor\.from_thread\("):
         await executor.to_thread(blocking)
+    with pytest.raises(WrongThread, match=r"write `await add\(\.\.\.\)`"):
+        blocking()  # outside a job, and on the loop's thread: that comes first
+    with pytest.raises(WrongThread, match=r"write `len\(\.\.\.\)`"):
+        penstock.from_thread(len, "")
 
 
 @pytest.mark.virtual_clock
-@pytest.mark.parametrize(
-    "error", [StopIteration(1), SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=lambda error: repr(error)
-)
+@pytest.mark.parametrize("error", [StopIteration(1), SystemExit(3), GeneratorExit()], ids=lambda error: repr(error))
 @pytest.mark.parametrize("kind", ["async", "plain"])
 async def test_what_would_end_the_loop_comes_back_as_an_error(
     executor: Executor, error: BaseException, kind: str
@@ -144,6 +150,50 @@ async def test_what_would_end_the_loop_comes_back_as_an_error(
     assert await executor.to_thread(int) == 0
 
 
+@pytest.mark.parametrize("kind", ["async", "plain"])
+def test_ctrl_c_in_the_midst_of_it_ends_the_loop_too(kind: str) -> None:
+    """The thread gets an error, and the program its KeyboardInterrupt; nobody complains of either."""
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    async def leave_later() -> None:
+        raise KeyboardInterrupt
+
+    async def main() -> None:
+        async with Executor(threads=1) as executor:
+            await executor.to_thread(in_a_thread, executor)
+
+    def in_a_thread(executor: Executor) -> None:
+        with pytest.raises(UsageError, match=r"leave\w* raised KeyboardInterrupt"):
+            executor.from_thread(leave if kind == "plain" else leave_later)
+
+    loop = asyncio.new_event_loop()
+    try:
+        running = loop.create_task(main())
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(running)
+        loop.run_until_complete(running)
+        gc.collect()  # a task whose error nobody has looked at would tell now
+    finally:
+        loop.close()
+
+
+@pytest.mark.virtual_clock
+async def test_what_can_be_awaited_is_awaited(executor: Executor) -> None:
+    """A job's future, a stream, a coroutine that a plain function has made: the value comes, not the promise."""
+
+    def in_a_thread() -> list[object]:
+        return [
+            executor.from_thread(executor.submit, add, 1, 2),
+            executor.from_thread(executor.map, add, [1, 2, 3]),
+            executor.from_thread(lambda: add(1)),
+            executor.from_thread(executor.run, add, [1, 2, 3]).done,
+        ]
+
+    assert await executor.to_thread(in_a_thread) == [3, [1, 2, 3], 1, 3]
+
+
 @pytest.mark.virtual_clock
 async def test_what_cannot_be_called_is_refused_with_the_right_call(executor: Executor) -> None:
     def in_a_thread() -> None:
@@ -151,8 +201,8 @@ async def test_what_cannot_be_called_is_refused_with_the_right_call(executor: Ex
             executor.from_thread(add(1))  # type: ignore[call-overload]
         with pytest.raises(UsageError, match="found 17, expected a function"):
             executor.from_thread(17)  # type: ignore[call-overload]
-        with pytest.raises(UsageError, match="returned a coroutine"):
-            executor.from_thread(lambda: add(1))
+        with pytest.raises(UsageError, match="found the generator function generating"):
+            executor.from_thread(generating)
 
     await executor.to_thread(in_a_thread)
 
@@ -297,13 +347,24 @@ def test_a_thread_that_is_interrupted_while_it_waits_cancels_what_it_waits_for(
         patch.setattr(module._Request, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             portal.call(forever, (), {})
-        assert portal.call is not None
         with pytest.raises(KeyboardInterrupt):
-            portal.call(int, (), {})  # which is over by the time of its cancellation
+            portal.call(int, (), {})  # which may be over by the time of its cancellation
     assert portal.call(asyncio.sleep, (0,), {}) is None
     end()
     thread.join(BOUND)
     assert not thread.is_alive()
+
+
+async def test_what_is_asked_of_a_closed_portal_is_refused_and_may_be_cancelled() -> None:
+    """A thread that is interrupted cancels what it asked for, without knowing that it never began."""
+    portal = Portal()
+    portal.close()
+    request = module._Request(portal, int, (), {})
+    request.start()
+    request.cancel()
+    request.wait()
+    with pytest.raises(ClosedError, match=r"from_thread\(int\) was called after its executor has been shut down"):
+        request.result()
 
 
 def test_calls_work_on_uvloop() -> None:
@@ -415,11 +476,14 @@ async def test_a_child_that_outlives_one_wait_goes_on_in_the_next_one(threads: i
         def child(number: int) -> int:
             return number
 
-        def submit(number: int) -> "asyncio.Future[int]":
-            return executor.submit(child, number)
+        futures: list[asyncio.Future[int]] = []
+
+        def submit(number: int) -> None:
+            futures.append(executor.submit(child, number))
 
         def parent() -> list[int]:
-            futures: list[asyncio.Future[int]] = [executor.from_thread(submit, number) for number in range(3)]
+            for number in range(3):
+                executor.from_thread(submit, number)
             return [executor.from_thread(wait_for, future) for future in reversed(futures)]
 
         async def wait_for(future: "asyncio.Future[int]") -> int:
@@ -432,14 +496,13 @@ async def test_a_child_that_outlives_one_wait_goes_on_in_the_next_one(threads: i
 @pytest.mark.virtual_clock
 async def test_a_child_that_outlives_its_parent_runs_in_the_lane() -> None:
     async with Executor(limit=1, threads=1) as executor:
-
-        def submit() -> "asyncio.Future[int]":
-            return executor.submit(int)
-
         children: list[asyncio.Future[int]] = []
 
+        def submit() -> None:
+            children.append(executor.submit(int))
+
         def parent() -> None:
-            children.append(executor.from_thread(submit))
+            executor.from_thread(submit)
 
         await executor.submit(parent)
         assert await children[0] == 0
@@ -452,9 +515,12 @@ async def test_a_chain_of_jobs_that_submit_their_successors_from_threads_does_no
     alive: list[int] = []
     async with Executor(limit=1, threads=1) as executor:
 
+        def start(left: int) -> None:
+            executor.submit(hop, left)
+
         def hop(left: int) -> None:
             if left:
-                executor.from_thread(executor.submit, hop, left - 1)
+                executor.from_thread(start, left - 1)
             else:
                 gc.collect()
                 alive.append(sum(isinstance(thing, Call) for thing in gc.get_objects()))
@@ -476,7 +542,7 @@ async def test_who_is_asked_for_by_a_call_that_is_over_looks_to_those_before_it(
             return await penstock.to_thread(lambda: "child")
 
         def parent() -> None:
-            children.append(executor.from_thread(executor.submit, child))
+            executor.from_thread(lambda: children.append(executor.submit(child)))
 
         async def family() -> str:
             await executor.submit(parent)
@@ -540,7 +606,7 @@ async def test_when_no_thread_is_left_for_a_chain_an_error_names_it(monkeypatch:
     depth = 100
     with pytest.raises(DeadlockError, match=r"no thread is left for .*deeper in 'test' <- .*deeper in 'test' <- ") as e:
         await lane.call(deeper, depth)
-    assert deepest == 3 * DEEPEST_STACK - 1
+    assert deepest == 2 * DEEPEST_STACK + LAST_RESORT - 1
     assert "Nest less deeply" in str(e.value)
     assert await lane.call(int) == 0
     assert workers._promised == 0
@@ -721,6 +787,7 @@ async def test_leaving_the_executor_ends_the_wait_of_all_threads() -> None:
         except (ClosedError, concurrent.futures.CancelledError) as error:
             errors.append(type(error).__name__)
             if isinstance(error, ClosedError):
+                errors.append(str(error))
                 left.set()
 
     started = loop.time()
@@ -739,7 +806,8 @@ async def test_leaving_the_executor_ends_the_wait_of_all_threads() -> None:
     with loop.external_work():
         assert await asyncio.to_thread(left.wait, BOUND)
         await asyncio.to_thread(foreign.join, BOUND)
-    assert sorted(errors) == ["CancelledError", "ClosedError"]
+    told = "from_thread(sleep) was cut off when its executor closed."
+    assert sorted(errors) == ["CancelledError", "ClosedError", told]
 
 
 @pytest.mark.virtual_clock
@@ -971,8 +1039,8 @@ async def test_opposite_chains_fail_when_their_further_thread_cannot_be_started(
     portal, met = Portal(), threading.Barrier(2)
     run = workers.run
 
-    def refuse(work: Work) -> None:
-        if type(work).__name__ == "_Relief":
+    def refuse(work: Work, *, at_once: bool = False) -> None:
+        if at_once:
             workers.give_back()
             raise RuntimeError("can't start new thread")
         run(work)
@@ -998,8 +1066,8 @@ async def test_a_further_thread_leaves_a_call_alone_that_has_been_given_up_meanw
     portal, met, late = Portal(), threading.Barrier(2), asyncio.Event()
     run, relieved, ran = workers.run, list[Work](), list[str]()
 
-    def hold(work: Work) -> None:
-        if type(work).__name__ == "_Relief":
+    def hold(work: Work, *, at_once: bool = False) -> None:
+        if at_once:
             relieved.append(work)
             late.set()
         else:
@@ -1019,8 +1087,11 @@ async def test_a_further_thread_leaves_a_call_alone_that_has_been_given_up_meanw
     async with asyncio.timeout(BOUND):
         asking = asyncio.gather(one.call(ask, two), two.call(ask, one))
         await late.wait()
-        while len(nested) < 2:
+        while len(nested) < 2 or len(relieved) < 2:
             await asyncio.sleep(0)
+        for lane in (one, two):
+            lane.books.changed()
+        assert len(relieved) == 2, "one is on its way for each of them"
         for task in nested:
             task.cancel()
         await asyncio.wait(nested)
@@ -1030,3 +1101,70 @@ async def test_a_further_thread_leaves_a_call_alone_that_has_been_given_up_meanw
         while workers._promised:
             await asyncio.sleep(0)
     assert ran == []
+
+
+async def test_a_further_thread_comes_when_another_one_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All there are have been given out, but one works: opposite chains wait for that one, and then go on."""
+    monkeypatch.setattr(workers_module, "SPARE_THREADS", 0)
+    workers = Workers(3)
+    one, two, three = (Lane(name, 1, workers=workers) for name in ("one", "two", "three"))
+    portal, met, at_work, go_on = Portal(), threading.Barrier(2), threading.Event(), threading.Event()
+
+    def work() -> None:
+        at_work.set()
+        assert go_on.wait(BOUND)
+
+    def ask(lane: Lane) -> Any:
+        met.wait(BOUND)
+        return portal.call(lane.call, (int,), {})
+
+    async with asyncio.timeout(BOUND):
+        working = asyncio.create_task(three.call(work))
+        await asyncio.to_thread(at_work.wait, BOUND)
+        asking = asyncio.gather(one.call(ask, two), two.call(ask, one))
+        while not workers._wanting_spare:
+            await asyncio.sleep(0)
+        assert not asking.done()
+        go_on.set()
+        assert list(await asking) == [0, 0]
+        await working
+    assert workers._promised == 0
+
+
+async def test_a_chain_goes_on_in_its_own_thread_when_no_further_one_can_be_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A high stack is better than none."""
+    workers = Workers(8)
+    lane, portal = Lane("test", 1, workers=workers), Portal()
+    run = workers.run
+
+    def refuse(work: Work, *, at_once: bool = False) -> None:
+        if at_once:
+            workers.give_back()
+            raise RuntimeError("can't start new thread")
+        run(work)
+
+    monkeypatch.setattr(workers, "run", refuse)
+
+    def deeper(left: int) -> int:
+        return 1 + portal.call(lane.call, (deeper, left - 1), {}) if left else 0
+
+    assert await lane.call(deeper, 3 * DEEPEST_STACK) == 3 * DEEPEST_STACK
+    assert len(workers.threads) == 1
+    assert workers._promised == 0
+
+
+async def test_a_gate_tells_the_last_thread_that_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for a round trip in a thread, and is the only one."""
+    monkeypatch.setattr(workers_module, "SPARE_THREADS", 0)
+    workers = Workers(1)
+    lane, gate, portal = Lane("test", 1, workers=workers), Gate("gate"), Portal()
+    gate.crossing(workers)
+
+    def ask() -> Any:
+        return portal.call(gate.call, (int,), {})
+
+    with pytest.raises(DeadlockError, match=r"no thread is left for int.*int in 'gate' <- .*ask in 'test'"):
+        await lane.call(ask)
+    assert workers._promised == 0

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import gc
+import logging
 import re
 import subprocess
 import sys
@@ -1161,3 +1162,35 @@ async def test_only_the_first_who_claims_a_submitted_call_runs_it(lane: Lane) ->
     assert not call.claim()
     assert call.future is not None
     assert call.future.running()
+
+
+async def test_an_error_in_the_users_logging_holds_up_no_other_call(
+    lane: Lane, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An abandoned call that fails is logged, and a filter raises at that: the next call comes back all the same."""
+
+    def fail() -> None:
+        assert begun.wait(BOUND)
+        raise ValueError
+
+    def filter_fails(record: logging.LogRecord) -> bool:
+        raise KeyError(record.getMessage())
+
+    begun, seen = threading.Event(), list[Any]()
+    loop, logger = asyncio.get_running_loop(), logging.getLogger("penstock.threads")
+    loop.set_exception_handler(lambda _loop, context: seen.append(context["exception"]))
+    logger.addFilter(filter_fails)
+    try:
+        with caplog.at_level(logging.INFO, "penstock.threads"):
+            abandoned = asyncio.create_task(lane.call(fail))
+            while not lane.books.busy:
+                await asyncio.sleep(0)
+            abandoned.cancel()
+            await asyncio.wait([abandoned])
+            begun.set()
+            while not seen:
+                await lane.call(int)
+    finally:
+        logger.removeFilter(filter_fails)
+    assert [type(error) for error in seen] == [KeyError]
+    await all_permits_are_back(lane)

@@ -129,23 +129,27 @@ async def test_a_set_with_fewer_threads_than_the_least_is_used_as_far_as_it_goes
 
 
 @pytest.mark.virtual_clock
-async def test_it_does_not_grow_while_every_place_is_held_by_abandoned_calls(workers: Workers) -> None:
-    """What does not end would take the new places too. It grows again when that is over, without being asked to."""
+async def test_it_makes_up_for_calls_that_hang_and_says_so(workers: Workers, caplog: pytest.LogCaptureFixture) -> None:
+    """Four bad calls must not end a lane for good; that it grows for them is told, again when they have doubled."""
     lane = Lane("test", None, workers=workers)
     load = Load(lane)
-    with ThreadLatch(virtual_loop()) as latch:
-        hung = [asyncio.create_task(lane.call(latch.wait)) for _ in range(LEAST_PLACES)]
-        await asyncio.sleep(0.01)
+
+    async def hang(calls: int) -> None:
+        hung = [asyncio.create_task(lane.call(latch.wait)) for _ in range(calls)]
+        await asyncio.sleep(HOUR)
         for call in hung:
             call.cancel()
         await asyncio.wait(hung)
-        waiting = [asyncio.create_task(load.call(SLOW)) for _ in range(100)]
-        await asyncio.sleep(60)
-        assert (lane.limit, lane.waiting) == (LEAST_PLACES, 100)
-        latch.open()
-        recovered = load.loop.time()
-        await asyncio.gather(*waiting)
-    assert load.loop.time() - recovered < 100 * SLOW / LEAST_PLACES / 4
+
+    with ThreadLatch(virtual_loop()) as latch:
+        await hang(LEAST_PLACES)
+        asked = load.loop.time()
+        await asyncio.gather(*[load.call(FAST) for _ in range(10)])
+        assert load.loop.time() - asked < 1
+        await hang(LEAST_PLACES)
+        await hang(LEAST_PLACES)
+    told = [record.getMessage() for record in caplog.records if record.name == "penstock.threads"]
+    assert [message.partition(" threads of 'test' are held")[0] for message in told] == ["all 4", "all 8"]
 
 
 def test_its_timer_stops_when_there_is_nothing_to_decide() -> None:
@@ -212,14 +216,16 @@ async def test_it_does_not_grow_while_its_threads_compute(workers: Workers, monk
 def test_what_threads_burnt_before_they_were_looked_at_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are shared: other lanes, or this one long ago, may have computed for hours. Nor do threads that ended."""
     now = 0.0
-    used: dict[int, float | None] = {1: 1000.0, 2: 7.0}
-    threads = [SimpleNamespace(cpu_clock=number) for number in (1, 2, None)]
+    used: dict[int, float | None] = {1: 1000.0, 2: 7.0, 3: 5.0}
+    books: Any = object()
+    threads = [SimpleNamespace(cpu_clock=number, call=SimpleNamespace(crossing=books)) for number in (1, 2, None)]
+    threads.append(SimpleNamespace(cpu_clock=3, call=None))  # it works for others, or for nobody
     monkeypatch.setattr(clock, "steady", lambda: now)
     monkeypatch.setattr(clock, "cpu_time", used.get)
     monkeypatch.setattr(module, "usable_cores", lambda: 2)
-    burnt = module._BurntCpu(SimpleNamespace(threads=threads))  # type: ignore[arg-type]
+    burnt = module._BurntCpu(SimpleNamespace(threads=threads), books)  # type: ignore[arg-type]
     assert burnt.share() == 0, "no time has gone by"
-    now, used[1] = 1.0, 1000.5
+    now, used[1], used[3] = 1.0, 1000.5, 6.0
     assert burnt.share() == 0.25
     now, used[1], used[2] = 2.0, None, 8.0
     assert burnt.share() == 0.5
@@ -265,7 +271,7 @@ async def test_the_threads_of_a_set_say_what_they_burn() -> None:
             sum(range(1000))
 
     call = asyncio.create_task(lane.call(compute))
-    burnt = module._BurntCpu(workers)
+    burnt = module._BurntCpu(workers, lane.books)
     while not any(isinstance(thread, Worker) and thread.cpu_clock is not None for thread in workers.threads):
         await asyncio.sleep(0.001)
     burnt.share()

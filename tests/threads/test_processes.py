@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 
 from penstock import ClosedError, FailureKind, UsageError, classify
 from penstock.threads import processes as module
+from penstock.threads.main_guard import refuse_a_child_that_imports
 from penstock.threads.processes import Processes, RemoteTraceback
 
 BOUND = 20.0
@@ -124,19 +125,16 @@ def test_a_call_runs_in_another_process_with_all_its_arguments(unharmed: Process
     assert unharmed.call(work.all_of, (1, "two"), {"fn": 3, "self": 4}) == ((1, "two"), {"fn": 3, "self": 4})
 
 
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_processes_are_never_forked_from_here(
-    method: str, make: Callable[[int], Processes], work: Any, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[int], Processes], work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fork copies locks that threads hold. Neither globals nor context variables go along."""
-    methods = ["fork", method]
-    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(work, "state", "as changed")
     token = work.variable.set("as set")
     try:
         processes = make(1)
         assert processes.call(work.state_here, (), {}) == ("as imported", "default")
-        assert (processes.call(os.getppid, (), {}) == os.getpid()) == (method == "spawn")
+        assert processes.call(os.getppid, (), {}) == os.getpid(), "no fork server between, which signals may end"
     finally:
         work.variable.reset(token)
 
@@ -446,12 +444,62 @@ def test_a_call_whose_process_cannot_be_started_never_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+# --- the main guard ---
+
+
+def test_nothing_starts_in_a_process_that_still_imports_its_main_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else everything does, and multiprocessing is not loaded to find that out."""
+    refuse_a_child_that_imports("A run")
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UsageError, match=r"^A run was reached in a worker process, which imports this script"):
+        refuse_a_child_that_imports("A run")
+    monkeypatch.delitem(sys.modules, "multiprocessing.process")
+    refuse_a_child_that_imports("A run")
+    assert "multiprocessing.process" not in sys.modules
+
+
 # --- signals ---
 
 
-def test_processes_leave_ctrl_c_to_their_parent_and_end_by_sigterm(unharmed: Processes) -> None:
-    assert unharmed.call(signal.getsignal, (signal.SIGINT,), {}) == signal.SIG_IGN
-    assert unharmed.call(signal.getsignal, (signal.SIGTERM,), {}) == signal.SIG_DFL
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_call_goes_on_when_its_process_gets_a_signal_that_is_the_parents_to_act_upon(
+    number: int, make: Callable[[int], Processes], ask: Callable[..., "Future[Any]"], work: Any, fifo: str
+) -> None:
+    processes = make(1)
+    pid = processes.call(work.pid, (), {})
+    call = ask(processes, work.run_until_told, fifo)
+    with open(fifo):
+        os.kill(pid, number)
+    with open(fifo, "w"):
+        assert call.result(BOUND) == pid
+
+
+def test_what_a_function_forks_or_starts_ends_by_sigterm(unharmed: Processes, work: Any) -> None:
+    """It is the function that may tell it to."""
+    assert unharmed.call(work.terminate_a_fork, (), {}) == -signal.SIGTERM
+    assert unharmed.call(work.terminate_a_program, (), {}) == -signal.SIGTERM
+
+
+def test_the_thread_that_starts_a_process_hears_signals_afterwards(make: Callable[[int], Processes], work: Any) -> None:
+    processes = make(1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    processes.call(work.pid, (), {})
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_the_others_of_a_process_that_dies_end_with_it_though_no_call_comes(
+    make: Callable[[int], Processes], ask: Callable[..., "Future[Any]"], work: Any, fifo: str
+) -> None:
+    """The stdlib asks them by SIGTERM, to which they are deaf, and waits for them, as the interpreter's exit does."""
+    threads = set(threading.enumerate())
+    processes = make(2)
+    calls = ask(processes, work.meet, fifo, "r"), ask(processes, work.meet, fifo, "w")
+    first, second = (call.result(BOUND) for call in calls)
+    (manager,) = (t for t in set(threading.enumerate()) - threads if not t.daemon and not t.name.startswith("ask"))
+    os.kill(first, signal.SIGKILL)
+    manager.join(BOUND)
+    assert not manager.is_alive()
+    assert not alive(second)
 
 
 # --- close and kill ---
@@ -616,7 +664,7 @@ def test_a_process_that_hangs_does_not_keep_a_script_that_kills_it(script: Calla
             try:
                 processes.call(fn, args, {})
             except Exception as error:
-                print(type(error).__name__, flush=True)
+                os.write(1, f"{type(error).__name__}\\n".encode())  # one write: two threads' prints may mingle
 
         if __name__ == "__main__":
             processes = Processes(1)
@@ -634,8 +682,9 @@ def test_a_process_that_hangs_does_not_keep_a_script_that_kills_it(script: Calla
     assert time.monotonic() - began < PROMPT
 
 
-def test_ctrl_c_in_a_terminal_reaches_the_parent_alone(script: Callable[[str], Script]) -> None:
-    """The terminal sends it to all; what runs is finished, and no process prints a traceback."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_is_the_parents_to_act_upon(number: int, script: Callable[[str], Script]) -> None:
+    """As terminals and supervisors send it; what runs is finished, the next call is, and nobody prints a traceback."""
     program = script("""
         def slow():
             print("up", flush=True)
@@ -643,6 +692,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_parent_alone(script: Callable[[str], S
             return 7
 
         if __name__ == "__main__":
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             processes = Processes(1)
             values = []
             thread = threading.Thread(target=lambda: values.append(processes.call(slow, (), {})))
@@ -651,11 +701,53 @@ def test_ctrl_c_in_a_terminal_reaches_the_parent_alone(script: Callable[[str], S
                 signal.pause()
             except KeyboardInterrupt:
                 thread.join()
-                print(values)
+                print(values, processes.call(abs, (-8,), {}))
     """)
     assert program.line() == "up"
-    program.signal_all(signal.SIGINT)
-    assert program.ended() == (0, "[7]\n", "")
+    program.signal_all(number)
+    assert program.ended() == (0, "[7] 8\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_does_not_harm_a_process_that_starts(
+    number: int, script: Callable[[str], Script]
+) -> None:
+    program = script("""
+        if __name__ == "__main__":
+            signal.signal(signal.SIGINT, lambda *_: None)
+            signal.signal(signal.SIGTERM, lambda *_: None)
+            print(Processes(1).call(abs, (-7,), {}))
+        else:
+            print("importing", flush=True)
+            time.sleep(0.3)
+    """)
+    assert program.line() == "importing"
+    program.signal_all(number)
+    assert program.ended() == (0, "7\n", "")
+
+
+def test_a_drain_by_a_signal_to_the_whole_group_loses_nothing(script: Callable[[str], Script]) -> None:
+    program = script("""
+        import penstock
+
+        def slow(number):
+            os.write(1, b"up\\n")
+            time.sleep(0.3)
+            return number
+
+        async def job(number):
+            await penstock.to_process(slow, number)
+
+        if __name__ == "__main__":
+            report = penstock.run(job, range(1_000), limit=2, processes=2)
+            print(report.stopped, report.done >= 1, report.done == report.read - report.left, report.failed)
+    """)
+    assert program.line() == "up"
+    program.signal_all(signal.SIGTERM)
+    code, output, errors = program.ended()
+    assert (code, output.replace("up\n", "")) == (0, "interrupted True True 0\n")
+    (line,) = errors.splitlines()
+    assert line.startswith("interrupted by SIGTERM: finishing what is in flight")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -689,6 +781,46 @@ def test_a_script_without_a_guard_is_told_what_it_lacks(script: Callable[[str], 
     code, output, _ = program.ended()
     assert code == 2
     assert output.splitlines()[-1] == "BrokenProcessPool"
-    assert 'keep what starts the work under `if __name__ == "__main__":`' in output
+    assert 'Keep what starts the work under `if __name__ == "__main__":`' in output
     assert "No process could be started for len." in output.splitlines()
     assert time.monotonic() - began < PROMPT
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [
+        ("penstock.run(job, [1], progress=False)", "penstock.run()"),
+        ("asyncio.run(main())", "An executor"),
+    ],
+)
+def test_a_run_without_a_guard_is_not_repeated_by_the_processes(
+    start: str, what: str, script: Callable[[str], Script]
+) -> None:
+    """They import the script. What the run does would be done once more by each, and the report would not tell."""
+    program = script(f"""
+        import asyncio
+        import penstock
+
+        async def job(number):
+            os.write(1, b"effect\\n")
+            try:
+                await penstock.to_process(abs, number)
+            except Exception as error:
+                os.write(1, "\\n".join(error.__notes__).encode())
+
+        async def main():
+            async with penstock.Executor() as executor:
+                await executor.submit(job, 1)
+
+        {start}
+    """)
+    code, output, errors = program.ended()
+    assert code == 0
+    assert output.count("effect") == 1
+    assert "without a main guard" in output
+    assert errors.count("Traceback") == 1
+    (last,) = (line for line in errors.splitlines() if "Error: " in line)
+    assert last == (
+        f"penstock.errors.UsageError: {what} was reached in a worker process, which imports this script to find its "
+        f'functions. Keep what starts the work under `if __name__ == "__main__":`.'
+    )

@@ -243,15 +243,18 @@ def test_a_few_more_are_promised_to_those_that_a_thread_waits_for(make: Make, mo
 
 
 def test_a_set_with_its_spare_threads_can_be_handed_around(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promises are those of the set; who wants a thread is told when an ordinary one is free."""
+    """Promises are those of the set; who wants a thread is told when one is free, a spare one as well."""
     monkeypatch.setattr(module, "SPARE_THREADS", 1)
     workers = make(1)
     assert [workers.with_spare.take_nowait() for _ in range(3)] == [True, True, False]
     told: list[int] = []
     workers.with_spare.when_free(lambda: told.append(1))
-    for count in (0, 1):
-        workers.with_spare.give_back()
-        assert len(told) == count
+    workers.with_spare.give_back()
+    assert len(told) == 1
+    workers.when_free(lambda: told.append(2))
+    assert len(told) == 1, "who needs an ordinary one waits for that"
+    workers.give_back()
+    assert told == [1, 2]
 
 
 def test_who_wants_a_thread_is_told_when_one_is_free(make: Make) -> None:

@@ -5,6 +5,7 @@ import contextvars
 import functools
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -72,6 +73,20 @@ def die_in_the_middle_of_the_answer() -> bytes:
 
     connection.Connection._send = half  # type: ignore[attr-defined]
     return bytes(100_000)
+
+
+def terminate_a_fork() -> int:
+    pid = os.fork()
+    if not pid:
+        signal.pause()
+    os.kill(pid, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def terminate_a_program() -> int:
+    with subprocess.Popen(["sleep", "60"]) as program:
+        program.terminate()
+    return program.returncode
 
 
 def fail(error: BaseException) -> None:

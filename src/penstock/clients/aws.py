@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from penstock import clock
-from penstock.clients.blocking import BlockingClient
+from penstock.clients.blocking import DEFAULT_LIMIT, BlockingClient
 from penstock.errors import UsageError
 from penstock.gate.retry import Retry
 from penstock.gate.server_hints import parse_retry_after
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.config import Config
 
-LIMIT = 32
+LIMIT = DEFAULT_LIMIT
 """Calls in flight. Arbitrary, because: each holds a thread, and boto3 keeps a core busy with little more."""
 TIMEOUT = 60.0
 """Seconds for one call. As botocore's own time-outs."""
@@ -115,6 +115,17 @@ def boto3_client(
     """
     if find_spec("boto3") is None:
         raise UsageError('boto3_client() needs boto3, which is not installed. Write: pip install "penstock[aws]"')
+    if not isinstance(service, str) or not service:
+        raise UsageError(
+            f"boto3_client({service!r:.100}): expected the name of a service. "
+            f'Write it as for boto3: `boto3_client("s3")`.'
+        )
+    if session is not None and (isinstance(session, type) or not callable(getattr(session, "client", None))):
+        raise UsageError(
+            f"session={session!r:.100}: expected a session. Write `session=boto3.session.Session(profile_name=...)`."
+        )
+    if config is not None:
+        _check_config(config)
 
     def make() -> Any:
         import boto3.session
@@ -126,6 +137,16 @@ def boto3_client(
     return BlockingClient(
         make, name=service, limit=limit, close=_close, classify=classify_aws, retry=retry, timeout=timeout
     )
+
+
+def _check_config(config: object) -> None:
+    from botocore.config import Config  # who has a right one has imported it
+
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"config={config!r:.100}: expected a botocore Config. Write `config=botocore.config.Config(...)`; "
+            f"`region_name` and the like may also stand beside it."
+        )
 
 
 def _close(client: Any) -> None:

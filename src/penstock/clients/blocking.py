@@ -16,12 +16,13 @@ from collections.abc import Callable, Hashable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
-from penstock.callables import check_function, is_async, name_of
-from penstock.errors import ClosedError, UsageError, WrongLoop, WrongThread
+from penstock.callables import check_function, is_async, name_of, refuse_coroutine
+from penstock.errors import AttemptTimeout, ClosedError, UsageError, WrongLoop, WrongThread, first_line
 from penstock.gate.gate import DEFAULT_TIMEOUT, Gate
-from penstock.gate.in_thread import CallInThread, Classify
+from penstock.gate.in_thread import CallInThread
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics
+from penstock.outcome import FailureKind
 from penstock.threads.crossing import Crossing, named
 from penstock.threads.lane import Lane
 from penstock.threads.workers import SHARED, Workers, check_threads
@@ -35,8 +36,12 @@ T = TypeVar("T")
 
 logger = logging.getLogger("penstock.threads")
 
-DEFAULT_LIMIT = 32
-"""Arbitrary, because: no fixed number fits an unknown service; the cap of the stdlib's own default of threads."""
+DEFAULT_LIMIT = min(32, SHARED.most)
+"""Arbitrary, because: no fixed number fits an unknown service; the cap of the stdlib's own default of threads. Fewer
+where memory is too small for as many."""
+LEAST_TO_OPEN = 10.0
+"""Seconds that an opening has, however short an attempt may be. Arbitrary, because: SDKs import and read much when they
+are made, boto3 for 0.3 s on an idle machine."""
 PATIENCE = 5.0
 """Seconds for what closing waits for. Arbitrary, because: longer than it takes, shorter than a hang."""
 
@@ -51,16 +56,20 @@ class BlockingClient(Generic[C]):
     Args:
         factory: makes the client, in a thread.
         name: what it is called in errors and thread names; None is the factory's name.
-        limit: calls in flight at once, for each key, and so threads.
+        limit: calls in flight at once, for each key, and so threads. The default is 32, or fewer in little memory.
         per_thread: make a client for each thread, for SDKs whose clients are not thread-safe. The threads are this
             client's own, and each closes its client.
         close: closes a client, in a thread; None calls its `close()` where it has one. An error of it is logged.
-        classify: says what kind of failure an error of the SDK is, None where it does not know. Its answer is kept as
-            the error's `failure_kind`, where `penstock.classify` looks first.
+        classify: says what kind of failure an error of the SDK is, None where it does not know. Its answer, a
+            `FailureKind` or its word, is kept as the error's `failure_kind`, where `penstock.classify` looks first. It
+            runs on the loop. Where it raises or answers anything else, the SDK's error is raised as if it had not been
+            asked, with a note of that, and the log has it once.
         retry: the policy; None is `Retry()`. Only errors that are known to be throttled or transient are retried.
         timeout: seconds for one attempt, counted from when it has its thread; None for no limit. An attempt that takes
             longer cannot be stopped: it goes on and keeps its permit, also while the next attempt runs. Give the SDK a
-            timeout of its own that is shorter; use `Retry(attempts=1)` for calls that must not run twice.
+            timeout of its own that is shorter; use `Retry(attempts=1)` for calls that must not run twice. Opening the
+            client has this time as well, but at least 10 s, then raises `AttemptTimeout`; what the factory makes later
+            is closed.
         key: a function that is given the arguments of `call` or `run` and returns the service key.
 
     Raises:
@@ -75,7 +84,7 @@ class BlockingClient(Generic[C]):
         limit: int = DEFAULT_LIMIT,
         per_thread: bool = False,
         close: Callable[[C], object] | None = None,
-        classify: Classify | None = None,
+        classify: Callable[[Exception], FailureKind | str | None] | None = None,
         retry: Retry | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         key: Callable[..., Hashable] | None = None,
@@ -86,16 +95,21 @@ class BlockingClient(Generic[C]):
                 f"BlockingClient({name_of(factory)}): found an async factory, expected a plain one, which runs in a "
                 f"thread. An async client needs no thread: open it in the job's own code, or put it into a Pool."
             )
-        for what, fn in (("close", close), ("classify", classify)):
-            if fn is not None and not callable(fn):
-                raise UsageError(f"{what}={fn!r}: expected a function.")
+        _check_plain("close", close)
+        _check_plain("classify", classify)
+        if not isinstance(per_thread, bool):
+            raise UsageError(f"per_thread={per_thread!r:.100}: expected True or False.")
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"name={name!r:.100}: expected a string.")
         self.name = name_of(factory) if name is None else name
         self._gate = Gate(self.name, limit=limit, retry=retry, timeout=timeout, key=key)
         check_threads("limit", limit)
         self._key = key
         self._clients: _Clients[C]
         self._clients = _PerThread(factory, close) if per_thread else _Shared(factory, close)
-        self._classify = classify
+        self._classify = None if classify is None else _Classifier(self.name, classify)
+        self._factory = factory
+        self._timeout = timeout
         self._loop: asyncio.AbstractEventLoop | None = None
         self._crossing: Crossing | None = None
         self._aside: Lane | None = None
@@ -110,11 +124,21 @@ class BlockingClient(Generic[C]):
             raise UsageError("this client has been opened before. Make a new BlockingClient for each `async with`.")
         self._loop = asyncio.get_running_loop()
         self._aside = Lane(self.name, 2)
+        timeout = None if self._timeout is None else max(self._timeout, LEAST_TO_OPEN)
         try:
-            await self._aside.call(self._clients.open)
+            async with asyncio.timeout(timeout) as scope:
+                await self._aside.call(self._clients.open)
         except asyncio.CancelledError:
             self._close_aside()  # what the factory still makes
             raise
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            self._close_aside()
+            raise AttemptTimeout(
+                f"{self.name}: its factory {name_of(self._factory)} has made no client within {timeout:g} s "
+                f"(timeout of one attempt, at least {LEAST_TO_OPEN:g} s for the opening)"
+            ) from error
         self._crossing = self._gate.crossing(self._clients.workers)
         return self
 
@@ -218,6 +242,46 @@ class BlockingClient(Generic[C]):
         if loop is not self._loop:
             raise WrongLoop(f"{label} was called on another event loop than the one the client was opened on.")
         return self._crossing
+
+
+def _check_plain(what: str, fn: object) -> None:
+    if fn is None:
+        return
+    if not callable(fn):
+        raise UsageError(f"{what}={fn!r:.100}: expected a function.")
+    if is_async(fn):
+        raise UsageError(f"{what}={name_of(fn)}: found an async function, expected a plain one.")
+
+
+class _Classifier:
+    """The user's `classify`, whose own mistakes never take the place of the SDK's error. Loop thread only."""
+
+    def __init__(self, client: str, classify: Callable[[Exception], FailureKind | str | None]) -> None:
+        self._client = client
+        self._classify = classify
+        self._told = False
+
+    def __call__(self, error: Exception) -> FailureKind | None:
+        mistake: Exception | None = None
+        try:
+            answer = self._classify(error)
+            refuse_coroutine(answer, "it")
+        except Exception as raised:  # noqa: BLE001  # the SDK's error must not be lost over it
+            mistake = raised
+            found = f"raised {type(raised).__name__}: {first_line(raised)}"
+        else:
+            if answer is None or answer in _KINDS:
+                return None if answer is None else FailureKind(answer)
+            found = f"answered {answer!r:.100}"
+        found = f"classify={name_of(self._classify)} {found}; expected None or a FailureKind: {', '.join(_KINDS)}"
+        error.add_note(found)
+        if not self._told:
+            self._told = True
+            logger.warning("%r: %s. Asked about %s", self._client, found, type(error).__name__, exc_info=mistake)
+        return None
+
+
+_KINDS = tuple(FailureKind)
 
 
 class _Clients(Generic[C]):

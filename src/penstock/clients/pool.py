@@ -8,9 +8,10 @@
 Purpose: things that are dear to make and serve one user at a time, database connections above all.
 
 Guarantees: never more than `size` resources exist, those being opened and closed included, since each has a place
-until it is closed or idle. A place and a resource are never lost, wherever who asked is cancelled: what is opened for
-someone who has left is for the next one. A resource that a thread may still use is given to nobody and not closed. Who
-holds one and asks for another is told so, instead of waiting for itself.
+until it is closed or idle; a plain close holds it until its thread has ended. The exception is an async close that is
+given up: its time is over, and what it leaves behind is the driver's. A place and a resource are never lost, wherever
+who asked is cancelled: what is opened for someone who has left is for the next one. A resource that a thread may still
+use is given to nobody and not closed. Who holds one and asks for another is told so, instead of waiting for itself.
 
 The factory, the check and the close run in tasks of the pool's own, and not as part of the job that happened to ask
 first: what is made here outlives it. Plain functions run where the factory runs: in a thread beside a plain factory, on
@@ -28,13 +29,15 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar, overload
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job, enter, leases
 from penstock.errors import AttemptTimeout, ClosedError, DeadlockError, UsageError, WrongLoop, WrongThread, first_line
 from penstock.gate.retry import check_timeout
+from penstock.outcome import FailureKind, classify
 from penstock.permits import PermitQueue
 from penstock.threads.lane import Lane
 
@@ -49,8 +52,8 @@ CHECK_AFTER = 1.0
 """Seconds of standing idle after which a resource is checked. Arbitrary, because: under load no job then pays a round
 trip for the check, and a resource that has just served dies seldom."""
 PATIENCE = 5.0
-"""Seconds that a close or an async check gets, and what is in use when the pool is left. Arbitrary, because: longer
-than clean-up takes, shorter than a hang."""
+"""Seconds that an async close or check gets, and all together when the pool is left. Arbitrary, because: longer than
+clean-up takes, shorter than a hang."""
 MOST_NAMED = 5
 """Holders named in a message. Arbitrary, because: a line stays readable."""
 
@@ -67,7 +70,8 @@ class PoolStatistics:
     waiting: int
     """Who waits for a place."""
     abandoned: int
-    """Resources, among those in use, that an abandoned blocking call still uses."""
+    """Those of the places in use where a thread does what nobody waits for any more: a call that was abandoned and uses
+    a resource, an opening whose caller has gone, a close that takes more than 5 s."""
     made: int
     """Resources made so far."""
     closed: int
@@ -97,17 +101,21 @@ class Pool(Generic[R]):
     exception, a cancellation among them, is suspect, and so is one that an abandoned blocking call has used: it is
     checked at once, or closed if there is no `check`.
 
-    Leaving the pool refuses who waits (`ClosedError`), closes what is idle, waits at most 5 s for what is in use, and
-    5 s more for what is being closed then. What is still used after that is named in the log, and closed when it comes
-    back if the loop still runs. A cancellation meanwhile ends the wait for what is in use, not for what is closing.
+    Leaving the pool refuses who waits (`ClosedError`), also for an opening, closes what is idle, and waits at most 5 s
+    for what is in use and for what is being closed. What is still used after that is named in the log, and closed when
+    it comes back if the loop still runs. A cancellation meanwhile ends the wait for what is in use, not for what is
+    closing.
 
     Args:
         factory: makes a resource; an async function, or a plain one, which runs in a thread.
         size: resources at once.
-        close: closes one; None calls its own `aclose()` or `close()`, if it has one. What it raises is logged.
+        close: closes one; None calls its own `aclose()` or `close()`, if it has one. What it raises is logged. An async
+            one that takes more than 5 s is given up, and its place given back; a plain one in a thread cannot be
+            stopped, and keeps its place until it has ended.
         check: says whether one can be used again. It is asked about a suspect one, which it must also put in order (a
             database connection: roll back), and about one that was idle for a second, before it is used. An exception
-            and a false value other than None mean no: it is closed and another one is taken.
+            and a false value other than None mean no: it is closed and another one is taken. An error that is a
+            mistake in the check itself, such as an `AttributeError`, means no as well, and is logged once as a warning.
         idle_timeout: seconds after which an idle resource is closed; None for never.
         name: what the pool is called in errors and the log; None is the factory's name.
         timeout: seconds that `acquire` may take, opening included; None for no limit.
@@ -156,6 +164,7 @@ class Pool(Generic[R]):
         name: str | None = None,
         timeout: float | None = None,
     ) -> None:
+        _refuse_open_connection(factory, size)
         check_function(factory, "Pool")
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise UsageError(f"size={size!r}: expected a whole number of at least 1 (resources at once).")
@@ -164,6 +173,8 @@ class Pool(Generic[R]):
                 raise UsageError(f"{what}={fn!r:.100}: expected a function that is given the resource.")
         check_timeout(f"idle_timeout={idle_timeout!r}", idle_timeout)
         check_timeout(f"timeout={timeout!r}", timeout)
+        if name is not None and not isinstance(name, str):
+            raise UsageError(f"name={name!r:.100}: expected a string.")
         if name is None:
             name = name_of(factory).rpartition(".")[2]
         self._options: _Options[R] = _Options(name, size, factory, close, check, idle_timeout, timeout)
@@ -276,6 +287,15 @@ class _Lease(Generic[R]):
         leases.set(tuple(lease for lease in leases.get() if lease is not self))
         self._give_back_if_free()
 
+    if not TYPE_CHECKING:  # pragma: no branch  # a type checker says it better
+
+        def _refuse(self, *_: object) -> NoReturn:
+            raise UsageError(
+                "pool.acquire() gives a resource for a block. Write `async with pool.acquire() as resource:`."
+            )
+
+        __await__ = __enter__ = __exit__ = _refuse
+
     @property
     def abandoned(self) -> bool:
         """Whether an abandoned call still uses the resource."""
@@ -325,8 +345,9 @@ class _Stock(Generic[R]):
         self._eviction: asyncio.TimerHandle | None = None
         self._preparing: set[asyncio.Task[_Unit[R]]] = set()
         self._returning: set[asyncio.Task[Any]] = set()  # whose place comes back without anybody's doing
+        self._in_vain: set[asyncio.Task[Any]] = set()  # nobody waits for what their threads do
         self._made = self._closed_so_far = 0
-        self._told_of_nesting = False
+        self._told_of_nesting = self._told_of_bug = False
         self.closed = False
         self._over = asyncio.Event()
 
@@ -336,7 +357,7 @@ class _Stock(Generic[R]):
             in_use=self._places.in_flight,
             idle=len(self._idle),
             waiting=self._places.waiting,
-            abandoned=sum(lease.abandoned for lease in self.leased),
+            abandoned=sum(lease.abandoned for lease in self.leased) + len(self._in_vain),
             made=self._made,
             closed=self._closed_so_far,
         )
@@ -441,7 +462,10 @@ class _Stock(Generic[R]):
             self._settle(task)
             return
         if self._lane is None:
-            task.cancel()  # a thread cannot be stopped: there it goes on
+            task.cancel()
+        else:  # a thread cannot be stopped
+            self._in_vain.add(task)
+            task.add_done_callback(self._in_vain.discard)
         self._returning.add(task)
         task.add_done_callback(self._settle_late)
 
@@ -552,6 +576,7 @@ class _Stock(Generic[R]):
             reason = "its check said so"
         except Exception as error:  # noqa: BLE001  # whatever it is, the resource has failed its check
             well = False
+            self._tell_of_bug(error)
             reason = f"no answer to its check within {PATIENCE:g} s" if scope.expired() else first_line(error)
         except BaseException:
             # Cancelled half-way: nobody knows its state. One that a thread may use is left to the garbage collector.
@@ -562,31 +587,61 @@ class _Stock(Generic[R]):
             logger.info("pool %r: a resource is of no use any more and is replaced: %s", self._options.name, reason)
         return well
 
+    def _tell_of_bug(self, error: Exception) -> None:
+        if classify(error) is FailureKind.BUG and not self._told_of_bug:
+            self._told_of_bug = True
+            logger.warning(
+                "pool %r: its check raised %s, which is a mistake in the check: each resource that is checked is "
+                "replaced",
+                self._options.name, type(error).__name__, exc_info=error,
+            )  # fmt: skip
+
     async def _close_to_the_end(self, unit: _Unit[R]) -> None:
         """Close it; a cancellation comes out when that is done."""
         closing = self._start(self._close(unit))
         try:
             await asyncio.wait([closing])
         except BaseException:
-            await asyncio.wait([closing])  # it has a bound of its own
+            await asyncio.wait([closing])  # it has a bound of its own, or is a thread's and cancelled as this one was
             raise
 
     async def _close(self, unit: _Unit[R]) -> None:
-        """Close it within its time; no error comes out."""
-        name = self._options.name
+        """Close it: on the loop within its time, in a thread for as long as that takes. No error comes out."""
         try:
-            async with asyncio.timeout(PATIENCE) as scope:
-                if self._options.close is not None:
-                    await self._call(self._options.close, unit.resource)
-                elif (close := _own_close(unit.resource)) is not None:
-                    await self._call(close)
+            own = self._options.close
+            close = _own_close(unit.resource) if own is None else partial(own, unit.resource)
+            if close is not None:
+                await self._call_close(close)
         except Exception as error:  # noqa: BLE001  # the user's own error must not be lost over it
-            if scope.expired():
-                logger.warning("pool %r: closing a resource takes more than %g s and is given up", name, PATIENCE)
-            else:
-                logger.warning("pool %r: closing a resource failed: %s", name, first_line(error))
+            logger.warning("pool %r: closing a resource failed: %s", self._options.name, first_line(error))
         finally:
             self._closed_so_far += 1
+
+    async def _call_close(self, close: Callable[[], object]) -> None:
+        on_loop = self._lane is None or is_async(close)
+        slow = None if on_loop else self._loop.call_later(PATIENCE, self._note_slow_close, asyncio.current_task())
+        scope = asyncio.timeout(PATIENCE if on_loop else None)
+        try:
+            async with scope:
+                await self._call(close)
+        except Exception:
+            if not scope.expired():
+                raise
+            logger.warning(
+                "pool %r: closing a resource takes more than %g s and is given up", self._options.name, PATIENCE
+            )
+        finally:
+            if slow is not None:
+                slow.cancel()
+
+    def _note_slow_close(self, closing: "asyncio.Task[Any] | None") -> None:
+        assert closing is not None, "each close is a task or in one"
+        self._in_vain.add(closing)
+        closing.add_done_callback(self._in_vain.discard)
+        logger.warning(
+            "pool %r: closing a resource takes more than %g s; it keeps its place until its thread has ended",
+            self._options.name, PATIENCE,
+        )  # fmt: skip
 
     async def _call(self, fn: Callable[..., Any], *args: R) -> Any:
         """Call it where the resources are at home."""
@@ -607,6 +662,10 @@ class _Stock(Generic[R]):
     async def leave(self) -> None:
         """Take everything back and close it, within its time."""
         self.closed = True
+        end = self.now() + PATIENCE
+        if self._lane is None:
+            for task in self._preparing:  # nobody would get it
+                task.cancel()
         self._places.resize(sys.maxsize)  # who waits is admitted, to be told
         if self._eviction is not None:
             self._eviction.cancel()
@@ -616,25 +675,23 @@ class _Stock(Generic[R]):
         self._note_end()
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout_at(end):
                     await self._over.wait()
         finally:
-            await self._end_what_can_be_ended()
+            await self._wait_for_closing(end - self.now())
             if self._places.in_flight:
                 logger.warning(
                     "pool %r was left while %d of its resources are in use; each is closed when it comes back: %s",
                     self._options.name, self._places.in_flight, self._holders(),
                 )  # fmt: skip
 
-    async def _end_what_can_be_ended(self) -> None:
-        """Wait for what is being closed, which has a bound, and for what can be cancelled."""
+    async def _wait_for_closing(self, remaining: float) -> None:
+        """Wait for what is being closed, and for what has been cancelled, if the first wait was cut short."""
         ending: list[asyncio.Task[Any]] = [*self._returning]
         if self._lane is None:
-            for task in self._preparing:
-                task.cancel()
             ending += self._preparing
-        if ending:
-            await asyncio.wait(ending, timeout=PATIENCE)
+        if ending and remaining > 0:
+            await asyncio.wait(ending, timeout=remaining)
 
     def _has_been_closed(self) -> ClosedError:
         return ClosedError(
@@ -659,6 +716,16 @@ def _own_close(resource: object) -> Callable[[], object] | None:
         if callable(close):
             return close  # type: ignore[no-any-return]
     return None
+
+
+def _refuse_open_connection(factory: object, size: object) -> None:
+    """Refuse a connection of the DB API that is open: that of sqlite3 can be called, and would pass for a function."""
+    kind = type(factory)
+    if hasattr(kind, "cursor") and hasattr(kind, "close"):
+        raise UsageError(
+            f"Pool: found an open connection ({kind.__qualname__}), expected a function that makes one: the pool calls "
+            f"it for each. Write `Pool(connect, size={size!r})`, where `connect()` returns a connection."
+        )
 
 
 def _is_stale(lease: object) -> bool:

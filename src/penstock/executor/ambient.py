@@ -5,6 +5,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from penstock.context import host_of_current_job
 from penstock.outcome import Outcome
+from penstock.threads.portal import refuse_on_a_loop
 
 P = ParamSpec("P")
 I = TypeVar("I")  # noqa: E741  # the item
@@ -67,6 +68,8 @@ def from_thread(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T: 
 def from_thread(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """In a thread that works for a job: `Executor.from_thread` of the executor that runs the job. Blocks.
 
+    What `fn` returns is awaited if it can be: the future of `submit`, the stream of `map`.
+
     Raises:
         UsageError: outside a job.
         WrongThread: called on a thread that runs an event loop.
@@ -74,4 +77,5 @@ def from_thread(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         concurrent.futures.CancelledError: nobody waits for the call of this thread any more.
         Exception: what `fn` raised.
     """
+    refuse_on_a_loop(fn)
     return host_of_current_job("from_thread").from_thread(fn, *args, **kwargs)

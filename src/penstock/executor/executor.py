@@ -9,13 +9,13 @@ Everything belongs to the thread of the event loop on which it was opened.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
-from types import CoroutineType, TracebackType
+from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
-from penstock.callables import check_function, is_async, name_of, refuse_coroutine
+from penstock.callables import check_function, check_value, is_async, name_of
 from penstock.context import current_job
 from penstock.errors import ClosedError, UsageError, WrongLoop, WrongThread
 from penstock.events import Instrument
@@ -23,6 +23,7 @@ from penstock.executor.active import ActiveJob
 from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
 from penstock.executor.lanes import Lanes
+from penstock.executor.resources import Resources
 from penstock.executor.running import PATIENCE, RunningJobs
 from penstock.executor.slots import Holder
 from penstock.executor.sources import Items, check_items, side_by_side
@@ -32,8 +33,8 @@ from penstock.gate.retry import check_timeout
 from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED, Report, Tally
 from penstock.threads.batch import Batch
+from penstock.threads.main_guard import refuse_a_child_that_imports
 from penstock.threads.portal import Portal
-from penstock.threads.workers import cores
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -78,12 +79,14 @@ class Executor:
         self._limit = _at_least_one("limit", limit, DEFAULT_LIMIT)
         self._lanes = Lanes(
             threads=None if threads is None else _at_least_one("threads", threads, 1),
-            processes=_at_least_one("processes", processes, cores()),
+            processes=None if processes is None else _at_least_one("processes", processes, 1),
         )
         self._instruments = _checked_instruments(instruments)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._jobs: RunningJobs | None = None
         self._feeds: set[Feed] = set()
+        self._resources: set[Resources] = set()
+        self._deadline: float | None = None
         self._portal: Portal | None = None
         self._draining = False
         self._closed = False
@@ -97,6 +100,7 @@ class Executor:
     async def __aenter__(self) -> Self:
         if self._jobs is not None:
             raise UsageError("this executor has been opened before. Make a new Executor() for each `async with`.")
+        refuse_a_child_that_imports("An executor")
         self._loop = asyncio.get_running_loop()
         self._jobs = RunningJobs(self._loop, self._limit, self._instruments)
         self._portal = Portal()
@@ -253,26 +257,37 @@ class Executor:
         Args:
             job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
             items, key, buffersize, timeout, max_errors: as for `as_completed`. `max_errors` and a shutdown end the run
-                early; the report says so (`stopped`).
+                early; the report says so (`stopped`). A shutdown that cancels also cancels an opening, and 5 s later
+                a closing, which the log names.
 
         Raises:
             UsageError, ClosedError, WrongThread, WrongLoop: as `as_completed`.
             Exception: what the source raised, or the job's opening or closing.
         """
         self._check_open("run")
-        opened: AbstractAsyncContextManager[Any] = job.open() if isinstance(job, Job) else nullcontext(job)
+
+        async def tally(fn: Callable[[I], Any]) -> Report:
+            return await _tally(
+                self.as_completed(fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors)
+            )
+
+        if not isinstance(job, Job):
+            return await tally(job)
         report: Report | None = None
+        resources = Resources(job, self._deadline)
+        self._resources.add(resources)
         try:
-            async with opened as fn:
+            async with resources as fn:
                 if self._draining:  # since the job began to open
-                    return Tally().report(read=0, left=0, stopped=INTERRUPTED, elapsed=0.0)
-                report = await _tally(
-                    self.as_completed(fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors)
-                )
+                    report = Tally().report(read=0, left=0, stopped=INTERRUPTED, elapsed=0.0)
+                else:
+                    report = await tally(fn)
         except Exception as error:
             if report is not None:
                 error.add_note(f"it came when the run had ended: {report}")
             raise
+        finally:
+            self._resources.discard(resources)
         return report
 
     async def to_thread(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
@@ -283,11 +298,13 @@ class Executor:
 
         Raises:
             ClosedError: the executor is not open or has been shut down.
-            UsageError: `fn` is an async function, or returned a coroutine.
+            UsageError: `fn` is an async function or a generator function, or returned a coroutine.
             Exception: what `fn` raised.
         """
         self._check_open("to_thread")
-        return _checked(fn, await self._lanes.blocking.call(fn, *args, **kwargs))
+        if not callable(fn):
+            check_function(fn, "executor.to_thread")
+        return check_value(fn, await self._lanes.blocking.call(fn, *args, **kwargs), "executor.to_thread")
 
     async def compute(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Run response processing off the loop and return its value: like `to_thread`, in the CPU lane.
@@ -297,7 +314,9 @@ class Executor:
         round trip takes, gates start no more round trips.
         """
         self._check_open("compute")
-        return _checked(fn, await self._lanes.cpu.call(fn, *args, **kwargs))
+        if not callable(fn):
+            check_function(fn, "executor.compute")
+        return check_value(fn, await self._lanes.cpu.call(fn, *args, **kwargs), "executor.compute")
 
     async def compute_each(self, fn: Callable[[I], T], items: Iterable[I], /) -> list[Outcome[T]]:
         """`fn` of each item in the CPU lane, many of them in one hop: outcomes in the order of the items.
@@ -348,7 +367,9 @@ class Executor:
     def from_thread(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call `fn(*args, **kwargs)` on the loop, from a thread, and wait for its value.
 
-        `fn` is async or plain; a plain one must not block. It runs in a copy of the thread's context. While a thread
+        `fn` is async or plain; a plain one must not block. What it returns is awaited if it can be: the future of
+        `submit`, the stream of `map`. To start a job and not wait for it, call a function that keeps its future and
+        returns nothing. `fn` runs in a copy of the thread's context. While a thread
         of this executor waits, its place is lent to the calls that are made for it, so that chains thread -> loop ->
         thread go on, in a lane of one thread too: those calls run in this very thread.
 
@@ -357,7 +378,7 @@ class Executor:
 
         Raises:
             WrongThread: called on a thread that runs an event loop.
-            ClosedError: the executor is not open, or closed, or its loop is.
+            ClosedError: the executor is not open, or closed, or its loop is; or that happened while `fn` ran.
             concurrent.futures.CancelledError: it was cancelled, for the reason above or on the loop.
             Exception: what `fn` raised.
         """
@@ -388,12 +409,15 @@ class Executor:
             wait: False returns at once, and what is in flight goes on.
             cancel_futures: cancel submitted jobs that have not started.
             timeout: seconds after which what still runs is cancelled, 0 at once; None waits as long as it takes.
+                Resources of a job that are being opened are what still runs; for their closing it is 5 s more. Neither
+                is waited for here.
 
         **Cancellation** while it waits cancels what runs, waits for that at most 5 s, and goes on. Calling it again is
         fine. **Threads**: loop thread only.
         """
         jobs = self._opened()
         self._check_loop("shutdown")
+        check_seconds("timeout", timeout)
         if wait and timeout is None and self._lender() is not None:
             raise UsageError(
                 "a job asked its own executor for a shutdown that waits for all jobs, itself among them. "
@@ -406,6 +430,8 @@ class Executor:
             jobs.cancel(lambda job: not job.holds)
         if not wait:
             return
+        if timeout is not None:
+            self._hurry(timeout)
         try:
             if await jobs.wait(timeout):
                 await self._feeds_over()
@@ -417,7 +443,14 @@ class Executor:
         finally:
             self._close()
 
+    def _hurry(self, timeout: float) -> None:
+        """Set a bound to the resources of jobs that are opened and closed."""
+        self._deadline = asyncio.get_running_loop().time() + timeout
+        for resources in self._resources:
+            resources.hurry(self._deadline)
+
     async def _cancel(self, jobs: RunningJobs) -> None:
+        self._hurry(0.0)
         self._lanes.expect_to_close()
         for feed in list(self._feeds):
             feed.cancel()
@@ -506,18 +539,12 @@ class Executor:
         if loop is None:
             raise WrongThread(
                 f"executor.{call}() was called from a thread without the executor's event loop. "
-                f"Call it in a coroutine on that loop, or hand it over with `loop.call_soon_threadsafe`."
+                f"Call it in a coroutine on that loop; in a thread, write `executor.from_thread(executor.{call}, ...)`."
             )
         raise WrongLoop(
             f"executor.{call}() was called on another event loop than the one it was opened on. "
             f"Open one executor for each loop."
         )
-
-
-def _checked(fn: Callable[..., Any], value: T) -> T:
-    if type(value) is CoroutineType:
-        refuse_coroutine(value, name_of(fn))
-    return value
 
 
 async def _tally(stream: Stream[Outcome[Any]]) -> Report:
@@ -558,6 +585,17 @@ def _check_batch(fn: Callable[..., Any], items: Any) -> tuple[Callable[..., Any]
     if not isinstance(items, Iterable):
         raise UsageError(f"compute_each(fn, {items!r:.100}): expected items, such as a list.")
     return fn, items
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Refuse what is no bound for a wait.
+
+    Raises:
+        UsageError: neither None nor a number of seconds from 0 to below infinity.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value < math.inf):  # type: ignore[operator]
+        raise UsageError(f"{name}={value!r}: expected seconds of at least 0, or None for no deadline.")
 
 
 def _check_max_errors(max_errors: float | None) -> None:

@@ -11,6 +11,7 @@ Loop thread only.
 """
 
 import asyncio
+import concurrent.futures
 import logging
 from collections.abc import Callable, Sequence
 from types import CoroutineType
@@ -18,7 +19,7 @@ from typing import Any, TypeAlias
 
 from penstock.callables import refuse_coroutine
 from penstock.context import enter
-from penstock.errors import JobTimeout
+from penstock.errors import JobTimeout, UsageError
 from penstock.events import Instrument, JobEnded
 from penstock.executor.active import ActiveJob
 from penstock.executor.failure_log import FailureLog
@@ -164,7 +165,7 @@ class RunningJobs:
                 raise
             self._end(job, job.failed(error, self._now()))
         except BaseException as error:  # noqa: BLE001  # all of them end the job, and none may end the loop
-            harmless = contained(error, job)
+            harmless = _harmless(error, job)
             try:
                 self._end(job, job.failed(harmless, self._now()))
                 if job.receiver is None:
@@ -254,6 +255,20 @@ class RunningJobs:
             except Exception:
                 logger.exception("instrument %r failed; it is told nothing more", instrument)
                 self._instruments.remove(instrument)
+
+
+def _harmless(error: BaseException, job: ActiveJob) -> Exception:
+    """`contained`, but for a job that says by the error of a future in a thread that it was cancelled.
+
+    That one ends nothing where it is an outcome; only `asyncio.wrap_future`, which no outcome passes, would turn it
+    into a cancellation.
+    """
+    harmless = contained(error, job)
+    cancelled = harmless.__cause__
+    if type(harmless) is UsageError and isinstance(cancelled, concurrent.futures.CancelledError):
+        harmless.__cause__ = None  # else each knows the other
+        return cancelled
+    return harmless
 
 
 def _why(error: TimeoutError) -> str:

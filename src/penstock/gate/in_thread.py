@@ -16,9 +16,9 @@ from penstock.gate.round_trip import RoundTrip
 from penstock.gate.service import Service
 from penstock.outcome import FailureKind
 from penstock.permits import Companion, PermitQueue, take_first
-from penstock.threads.call import Call, asking_call
+from penstock.threads.call import Call, waited_for
 from penstock.threads.crossing import Crossing, enter
-from penstock.threads.place import loans
+from penstock.threads.place import loans, out_of_threads
 
 Classify = Callable[[Exception], FailureKind | None]
 """Says what kind of failure an error of a library is; None where it does not know."""
@@ -37,7 +37,7 @@ class CallInThread(RoundTrip[Any]):
         kwargs: dict[str, Any],
         classify: Classify | None = None,
     ) -> None:
-        self._nested = asking_call.get() is not None
+        self._nested = waited_for(contextvars.copy_context())
         """A thread waits for it: it must not wait for that thread, nor behind others that do."""
         self.needs: Companion = crossing.workers.with_spare if self._nested else crossing.workers
         self._crossing = crossing
@@ -68,7 +68,7 @@ class CallInThread(RoundTrip[Any]):
             raise
         except BaseException:
             call.leave()
-            self._crossing.tell_once(self.why_waiting(self._service))
+            self._crossing.tell_once(self.why_waiting(self._service), self._service.limit)
             raise
         refuse_coroutine(value, self)
         return value
@@ -82,6 +82,7 @@ class CallInThread(RoundTrip[Any]):
         again = again or self._nested
         lent = loans(service, contextvars.copy_context())
         if not lent:
+            self._refuse_to_wait_for_a_thread(service)
             await service.take(again=again, needs=self.needs)
             return
         while True:
@@ -89,6 +90,13 @@ class CallInThread(RoundTrip[Any]):
             if self._held.limit:
                 return
             self._held.give_back()  # its thread went on in this very turn, and lends nothing any more
+
+    def _refuse_to_wait_for_a_thread(self, service: Service) -> None:
+        """A thread waits for this call, and so do all others that there are: none of them will ever be free."""
+        if self._nested and service.in_flight < service.limit and self._crossing.workers.all_wait:
+            call = Call(self._crossing, self._fn, self._args, self._kwargs)
+            call.label = self._name
+            raise out_of_threads(call)
 
     def over(self, service: Service) -> None:
         """Give the permit back, now or when the thread has ended."""

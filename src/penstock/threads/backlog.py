@@ -19,6 +19,8 @@ from penstock.threads.crossing import Crossing
 
 TICK = 0.02
 """Seconds. The queue delay at which Finagle's offload filter rejects work."""
+HOLD_WEIGHT = 0.2
+"""Share of the newest tick in the mean of what a call takes, as in `staffing.py`."""
 PROGRESS = 1.0
 """Seconds. Arbitrary, because: longer than processing of one answer should take."""
 
@@ -49,6 +51,9 @@ class Backlog:
         self._loop = lane.books.loop
         self._timer: asyncio.TimerHandle | None = None
         self._ended = 0
+        self._seconds = 0.0
+        self._hold = 0.0
+        """Seconds that a call takes, as of late."""
         self._progress = 0.0
         self._stuck: int | None = None
         """How many calls had ended when it last gave up waiting for another one."""
@@ -62,18 +67,17 @@ class Backlog:
             self._set_timer()
 
     def seconds(self) -> float:
-        """Until all that waits now is processed; 0 while nothing moves."""
+        """Until all that waits now is processed; 0 while nothing moves, or what runs waits for the loop itself."""
         lane = self._lane
-        if not lane.waiting or not self._moves():
+        if not lane.waiting or not self._moves() or lane.books.busy <= len(lane.books.waiting):
             return 0.0
-        return lane.waiting * lane.books.seconds / max(1, lane.books.ended) / lane.limit
+        return lane.waiting * self._hold / lane.limit
 
     def _set_timer(self) -> None:
         self._timer = self._loop.call_later(TICK, self._tick)
 
     def _tick(self) -> None:
-        if self._lane.books.ended != self._ended:
-            self._ended, self._progress = self._lane.books.ended, self._loop.time()
+        self._see_what_ended()
         parties = _parties(self._loop)
         pile = sum(backlog.seconds() for backlog in parties.backlogs)
         held = [round_trips.hold_back(pile) for round_trips in list(parties.round_trips)]
@@ -82,6 +86,14 @@ class Backlog:
             self._stuck = self._ended
         if any(held) or (self._lane.waiting and self._moves()):
             self._set_timer()
+
+    def _see_what_ended(self) -> None:
+        books = self._lane.books
+        ended = books.ended - self._ended
+        if ended:
+            latest = (books.seconds - self._seconds) / ended
+            self._hold = latest if not self._hold else self._hold + HOLD_WEIGHT * (latest - self._hold)
+            self._ended, self._seconds, self._progress = books.ended, books.seconds, self._loop.time()
 
     def _moves(self) -> bool:
         return self._loop.time() - self._progress < PROGRESS

@@ -48,7 +48,8 @@ class Batch(Generic[T]):
         started = now()
         end = started + SLICE
         if self._iterator is None:
-            self._iterator = iter(self._items)  # here and not on the loop: it may take its time
+            # Here and not on the loop: it may take its time. What is done is not to be kept by errors of later items.
+            self._iterator, self._items = iter(self._items), ()
         for item in self._iterator:
             try:
                 value = fn(item)

@@ -72,7 +72,7 @@ class Call:
     error: Exception | None = None
     value: Any = None
     place: "Place | None" = None
-    """What it lends; made when its thread first waits for the loop."""
+    """What it lends, once its thread has waited for the loop, or while it runs on the place of another call."""
 
     def __init__(
         self, crossing: "Crossing", fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -182,7 +182,7 @@ class Call:
         """Let go of the user's data: whoever still knows this record needs them no more."""
         self._args = ()
         self._kwargs = {}
-        self.value = self.error = self.waiter = None
+        self.value = self.error = self.waiter = self.give_back = self.place = None
         self.context = _short_cut(self.context)
 
 

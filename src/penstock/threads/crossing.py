@@ -23,7 +23,6 @@ from concurrent.futures import Executor
 from typing import Any
 
 from penstock.context import leases
-from penstock.outcome import contained
 from penstock.threads.call import AbandonedCall, Call
 from penstock.threads.place import Place, lender_of
 from penstock.threads.workers import Workers
@@ -62,7 +61,7 @@ class Crossing:
         self.door = Door(self.begin)
         """For calls that have their permit and their thread."""
         self._abandoned: dict[Call, None] = {}
-        self._told = False
+        self._told = 0
         self._landed: deque[Call] = deque()
         self._woken = False
         self._idle: asyncio.Future[None] | None = None
@@ -92,8 +91,8 @@ class Crossing:
         self.begin_external_work()
         try:
             self.workers.run(call)
-        except BaseException as error:  # noqa: BLE001  # no thread to be had: it belongs to who waits for the call
-            call.error = contained(error, call.name)
+        except RuntimeError as error:  # no thread to be had: it belongs to who waits for the call
+            call.error = error
             call.land()
 
     def abandon(self, call: Call) -> None:
@@ -123,10 +122,10 @@ class Crossing:
         held = "is held by a call" if limit == 1 else "are held by calls"
         return f"{threads} of {self.name!r} {held} that nobody waits for any more: {named(abandoned)}"
 
-    def tell_once(self, explanation: str | None) -> None:
-        """Log that callers wait in vain, once until that has changed."""
-        if explanation is not None and self.tells and not self._told:
-            self._told = True
+    def tell_once(self, explanation: str | None, limit: int) -> None:
+        """Log that all `limit` permits are held in vain: once until that has changed, or `limit` has doubled."""
+        if explanation is not None and self.tells and limit >= 2 * self._told:
+            self._told = limit
             logger.warning("%s", explanation)
 
     async def wait_until_idle(self, timeout: float) -> bool:
@@ -146,7 +145,11 @@ class Crossing:
         self._woken = False  # before looking: who lands from now on wakes again
         landed = self._landed
         while landed:
-            self._over(landed.popleft())
+            call = landed.popleft()
+            try:
+                self._over(call)
+            except Exception as error:  # noqa: BLE001  # a filter of the user's logging, for example; others have landed too
+                self.loop.call_exception_handler({"message": f"the end of {call.name} went wrong", "exception": error})
         self.changed()
         if self._idle is not None and not self._idle.done() and self._is_idle():
             self._idle.set_result(None)
@@ -154,18 +157,25 @@ class Crossing:
     def _over(self, call: Call) -> None:
         """Its thread has ended it: the permit goes back before anything else, then its caller goes on."""
         call.over = True
-        if call.abandoned:
-            del self._abandoned[call]
-            self._told = False
-            self.recovered()
-            for lease in call.context.get(leases, ()):
-                lease.release()
-            if call.error is not None:
-                logger.info("%s, which nobody waited for any more, failed", call.name, exc_info=call.error)
         if call.give_back is not None:
             call.give_back()
-        call.tell()
+        if call.abandoned:
+            self._recover(call)
+        else:
+            call.tell()
         call.forget()
+
+    def _recover(self, call: Call) -> None:
+        """An abandoned call has ended after all."""
+        del self._abandoned[call]
+        self._told = 0
+        self.recovered()
+        error, held = call.error, call.context.get(leases, ())
+        call.forget()
+        for lease in held:
+            lease.release()
+        if error is not None:
+            logger.info("%s, which nobody waited for any more, failed", call.name, exc_info=error)
 
     # --- any thread ---
 
@@ -182,6 +192,7 @@ class Crossing:
             try:
                 self.loop.call_soon_threadsafe(self._arrive)
             except RuntimeError:  # the loop is closed: nobody waits
+                self._woken = False
                 self._landed.clear()
 
 

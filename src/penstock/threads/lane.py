@@ -31,7 +31,6 @@ from typing import Any, TypeVar
 
 from penstock.callables import name_of
 from penstock.errors import ClosedError
-from penstock.outcome import contained
 from penstock.threads.backlog import Backlog
 from penstock.threads.call import AbandonedCall, Call, SubmittedCall, asking_call, asking_calls, waited_for
 from penstock.threads.crossing import Crossing, Door, enter
@@ -89,7 +88,7 @@ class Lane(Executor):
         """Calls that threads wait for, and the places of this lane that may run them. Loop thread only."""
         self._relief: Call | None = None
         """The last of them that was given a thread beyond the lane's own."""
-        self.books.changed = self._relieve
+        self.books.changed = self._look_at_nested
         self._closed = False
         self._door = Door(self._enter)
         self._measured = Measured(self, workers) if limit is None else None
@@ -206,11 +205,11 @@ class Lane(Executor):
                 self._queue[call] = None
                 if not self._on_its_way and self._runners < self.limit:
                     self._summon(nested)
-        except BaseException as error:  # noqa: BLE001  # no thread can be started: it belongs to who waits for the call
-            self._send_away(call, contained(error, call.name))
+        except RuntimeError as error:  # no thread can be started: it belongs to who waits for the call
+            self._send_away(call, error)
         if nested and not call.over:
             self._offer(call)
-            self._relieve()
+            self._look_at_nested()
         if self._measured is not None:
             self._measured.watch()
         if self._backlog is not None and self._queue:
@@ -222,8 +221,6 @@ class Lane(Executor):
         for place in places:
             place.offer(call)
         self._nested[call] = places
-        if not places and self._no_thread and not self._on_its_way and self._runners < self.limit:
-            self._send_away(call, out_of_threads(call))
         call.give_back = lambda: self._withdraw(call)
 
     def _withdraw(self, call: Call) -> None:
@@ -233,31 +230,50 @@ class Lane(Executor):
         with self._lock:
             self._queue.pop(call, None)
 
+    def _look_at_nested(self) -> None:
+        """Something has changed: calls that threads wait for may need another thread than the lane's next one."""
+        if not self._nested:
+            return
+        with self._lock:
+            full = self._no_thread or (self._runners >= self.limit and not self._on_its_way)
+        if full:
+            for place in self.books.waiting:
+                place.hand_over()
+            self._relieve()
+
+    def look_soon(self) -> None:
+        """Look at the calls that threads wait for, on the loop. Any thread."""
+        with suppress(RuntimeError):  # the loop is closed: nobody waits
+            self._loop.call_soon_threadsafe(self._look_at_nested)
+
     def _relieve(self) -> None:
         """When all threads of this lane wait for the loop, give a further one to a call that threads wait for.
 
         Chains over two lanes in opposite directions would wait for each other otherwise: each thread has the place
         that the other one's call needs, and is not the one that waits for it.
         """
-        if not self._nested or (self._relief is not None and self._relief.unclaimed):
+        if self._relief is not None and self._relief.unclaimed:
             return
         with self._lock:
-            idle = not self._on_its_way and self._runners >= self.limit and self.books.busy <= len(self.books.waiting)
+            idle = not self._on_its_way and self.books.busy <= len(self.books.waiting)
             if not idle or any(place.has_work for place in self.books.waiting):
                 return
             call = next((call for call in self._nested if call.unclaimed), None)
         if call is None:
             return
         if not self._workers.take_nowait(spare=True):
-            self._send_away(call, out_of_threads(call))
+            if self._workers.all_wait:
+                self._send_away(call, out_of_threads(call))
+            else:
+                self._workers.when_free(self.look_soon, spare=True)
             return
         self._relief = call
         self.books.begin_external_work()
         try:
-            self._workers.run(_Relief(call))
-        except BaseException as error:  # noqa: BLE001  # no thread can be started: it belongs to who waits for the call
+            self._workers.run(_Relief(call), at_once=True)
+        except RuntimeError as error:  # no thread can be started: it belongs to who waits for the call
             self.books.end_external_work()
-            self._send_away(call, contained(error, call.name))
+            self._send_away(call, error)
 
     def _send_away(self, call: Call, error: Exception) -> None:
         self._withdraw(call)
@@ -271,7 +287,7 @@ class Lane(Executor):
         in_vain = self.in_vain
         if in_vain is not None and not call.abandoned:
             error.add_note(in_vain)
-        self.books.tell_once(in_vain)
+        self.books.tell_once(in_vain, self.limit)
 
     # --- threads that go through the queue; any thread, with the lock held ---
 
@@ -289,7 +305,7 @@ class Lane(Executor):
         self.books.begin_external_work()
         try:
             self._workers.run(_Runner(self))
-        except BaseException:
+        except RuntimeError:
             self._runners -= 1
             self._on_its_way = False
             self.books.end_external_work()
@@ -300,9 +316,14 @@ class Lane(Executor):
             self._no_thread = False
             self._summon()
 
-    def _take(self) -> Call | None:
-        """The next call, for a thread that is free; None ends it."""
-        while self._queue and self._runners <= self.limit:
+    def _take(self, *, after_call: bool = False) -> Call | None:
+        """The next call, for a thread that is free; None ends it.
+
+        A thread that has done one call leaves when others wait for a thread of the set, or a lane that is never idle
+        would keep it from them. Not when calls are queued that threads wait for.
+        """
+        leave = after_call and self._workers.wanted and not self._nested
+        while self._queue and self._runners <= self.limit and not leave:
             call, _ = self._queue.popitem(last=False)
             if call.claim():
                 self.books.started += 1
@@ -311,6 +332,9 @@ class Lane(Executor):
                         self._summon()
                 return call
         self._runners -= 1
+        if self._queue:
+            with suppress(RuntimeError):
+                self._summon()  # behind those others
         return None
 
 
@@ -344,12 +368,14 @@ class _Runner:
         with lock:
             lane._on_its_way = False
             call = lane._take()
+        if lane._nested and call is not None:  # it may have taken another one than those that threads wait for
+            lane.look_soon()
         while call is not None:
             worker.call = call
             call.run()
             with lock:
                 lane.books.count_end(call)
-                done, call = call, lane._take()
+                done, call = call, lane._take(after_call=True)
             if call is None:
                 self._last = done
             else:

@@ -3,8 +3,8 @@
     a call is made -> watch() -> every TICK: counts since the last one -> Staffing -> PermitQueue.resize
 
 Guarantees: the timer runs only while there is something to decide, so an idle loop stays idle and a virtual clock comes
-to its end. While every place is held by a call that nobody waits for any more, none is added: what does not end would
-take them as well. Loop thread only.
+to its end. Calls that hang are made up for by further places, though not in silence: while all places are held by calls
+that nobody waits for any more, the log says so, again whenever their number has doubled. Loop thread only.
 """
 
 from collections import deque
@@ -53,7 +53,7 @@ class Measured:
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self._lags: deque[float] = deque(maxlen=LAGS_REMEMBERED)
-        self._burnt = _BurntCpu(workers)
+        self._burnt = _BurntCpu(workers, lane.books)
         self._last = self._counts()
 
     def watch(self) -> None:
@@ -73,7 +73,7 @@ class Measured:
         counts, last = self._counts(), self._last
         self._last = counts
         asked, started, ended, seconds = (new - old for new, old in zip(counts, last, strict=True))
-        in_vain = lane.in_vain is not None
+        lane.books.tell_once(lane.in_vain, lane.limit)
         places = self._staffing.tick(
             Observation(
                 now=now,
@@ -82,8 +82,8 @@ class Measured:
                 ended=int(ended),
                 held=seconds,
                 busy=lane.books.busy,
-                waiting=0 if in_vain else lane.waiting,
-                oldest_wait=0.0 if in_vain else lane.oldest_wait(now),
+                waiting=lane.waiting,
+                oldest_wait=lane.oldest_wait(now),
                 cpu=self._burnt.share(),
                 lag=sorted(self._lags)[len(self._lags) // 2],
             )
@@ -102,10 +102,11 @@ class Measured:
 
 
 class _BurntCpu:
-    """What share of the usable cores the worker threads burn."""
+    """What share of the usable cores the threads of a lane burn. Those of others are not slowed down by more of its."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, books: Crossing) -> None:
         self._workers = workers
+        self._books = books
         self._asked = clock.steady()
         self._before: dict[int, float] = {}
 
@@ -113,11 +114,13 @@ class _BurntCpu:
         """Since it was last asked."""
         now = clock.steady()
         elapsed, self._asked = now - self._asked, now
-        after = {
-            worker.cpu_clock: used
-            for worker in self._workers.threads
-            if worker.cpu_clock is not None and (used := clock.cpu_time(worker.cpu_clock)) is not None
-        }
-        burnt = sum(used - self._before.get(cpu_clock, 0.0) for cpu_clock, used in after.items())
+        burnt, after = 0.0, dict[int, float]()
+        for worker in self._workers.threads:
+            used = None if worker.cpu_clock is None else clock.cpu_time(worker.cpu_clock)
+            if worker.cpu_clock is None or used is None:
+                continue
+            after[worker.cpu_clock] = used
+            if getattr(worker.call, "crossing", None) is self._books:
+                burnt += used - self._before.get(worker.cpu_clock, used)
         self._before = after
         return min(1.0, burnt / elapsed / usable_cores()) if elapsed > 0 else 0.0

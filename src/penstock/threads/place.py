@@ -19,6 +19,8 @@ from penstock.threads.workers import Worker
 DEEPEST_STACK = 8
 """Calls on the stack of one thread, one waiting for the other. Arbitrary, because: Python's own limit of 1,000 frames
 leaves more than 100 to each."""
+LAST_RESORT = 64
+"""Such calls where no further thread is to be had. Arbitrary, because: it leaves some 15 frames to each."""
 
 
 class Place:
@@ -40,8 +42,8 @@ class Place:
         self._posted = 0
         """What is in the inbox. A virtual clock stands still for it, unless the thread cannot take it yet."""
         self._occupied = False
-        self._queued: dict[Call, None] = {}
-        """Calls that wait for its lane or for its place, whichever is free first."""
+        self._queued: dict[Call, bool] = {}
+        """Calls that wait for its lane or for its place, whichever is free first; True when given to the thread."""
         self._cancel: Callable[[], object] | None = None
 
     def lend(self, cancel: Callable[[], object]) -> None:
@@ -49,24 +51,30 @@ class Place:
         self._waiting = True
         self._cancel = cancel
         self.call.crossing.waiting[self] = None
-        for call in self._queued:
-            self.give(call)
+        self._queued = dict.fromkeys(self._queued, False)
         self.loan.resize(1)
+        self.call.crossing.workers.begin_to_wait()
         self.call.crossing.changed()
 
     def take_back(self) -> None:
         """The thread is about to go on."""
         self._waiting = False
         self._cancel = None
-        self.call.crossing.waiting.pop(self, None)
+        if self.call.crossing.waiting.pop(self, self) is None:
+            self.call.crossing.workers.go_on()
         self.loan.resize(0)
         self._post(None)
 
     def offer(self, call: Call) -> None:
-        """Run `call` in the thread whenever that waits, if nobody else has claimed it by then."""
-        self._queued[call] = None
-        if self._waiting:
-            self.give(call)
+        """Run `call` in the thread, when it is handed over, if nobody else has claimed it by then."""
+        self._queued[call] = False
+
+    def hand_over(self) -> None:
+        """The lane has no other thread for what is offered. The thread waits."""
+        for call, given in self._queued.items():
+            if not given and call.unclaimed:
+                self._queued[call] = True
+                self.give(call)
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +103,7 @@ class Place:
 
     def occupy(self) -> None:
         """The thread runs a call: what else is in the inbox has to wait for that, and time may go on meanwhile."""
+        self.call.crossing.workers.go_on()
         with self._lock:
             self._occupied = True
             for _ in range(self._posted):
@@ -102,6 +111,7 @@ class Place:
 
     def vacate(self) -> None:
         """It waits again, and is about to take what is in the inbox."""
+        self.call.crossing.workers.begin_to_wait()
         with self._lock:
             self._occupied = False
             for _ in range(self._posted):
@@ -129,19 +139,31 @@ def run_in_place(call: Call, worker: Worker, depth: int) -> None:
 
     It has been claimed for this thread.
     """
-    if depth < DEEPEST_STACK:
-        call.place = Place(call)
-        call.place.depth = depth + 1
-        call.run_claimed(worker)
-    elif call.crossing.workers.take_nowait(spare=True):
-        further = _Further(call)
-        call.crossing.workers.run(further)
-        further.wait()
-    else:
-        call.error = out_of_threads(call)
-        with call.crossing.lock:
-            call.crossing.started -= 1
+    if depth < DEEPEST_STACK or not _ran_in_a_further_thread(call):
+        if depth < LAST_RESORT:
+            call.place = Place(call)
+            call.place.depth = depth + 1
+            call.run_claimed(worker)
+        else:
+            call.error = out_of_threads(call)
+            with call.crossing.lock:
+                call.crossing.started -= 1
     call.crossing.land(call)
+
+
+def _ran_in_a_further_thread(call: Call) -> bool:
+    workers = call.crossing.workers
+    if not workers.take_nowait(spare=True):
+        return False
+    further = _Further(call)
+    try:
+        workers.run(further, at_once=True)
+    except RuntimeError:  # no thread can be started
+        return False
+    workers.begin_to_wait()
+    further.wait()
+    workers.go_on()
+    return True
 
 
 def out_of_threads(call: Call) -> DeadlockError:

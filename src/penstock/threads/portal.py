@@ -7,7 +7,8 @@ While a thread of a lane waits, it lends its place (`crossing.Place`) to the cal
 thread -> loop -> same lane makes progress at any depth, in a lane of one thread too.
 
 Guarantees: the thread never waits for ever: when its own caller has gone, when the portal is closed and when the loop
-is, what runs for it is cancelled and it gets an error. What would end the loop comes back as an error.
+is, what runs for it is cancelled and it gets an error. What would end the loop comes back as an error; Ctrl-C in the
+midst of it does both.
 
 Threads: a request is made by the thread, and from then on belongs to the loop, which ends it with the last message to
 the thread's inbox.
@@ -19,10 +20,11 @@ import contextvars
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from inspect import isawaitable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from penstock.callables import check_function, is_async, name_of, refuse_coroutine
+from penstock.callables import check_function, is_async, name_of
 from penstock.errors import ClosedError, WrongThread
 from penstock.outcome import contained
 from penstock.threads.call import Call, asking_call
@@ -42,7 +44,7 @@ class Portal:
         self._closed = False
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call `fn` on the loop, await it if it is async, and wait for its value. Any thread but the loop's.
+        """Call `fn` on the loop, await what can be awaited, and wait for its value. Any thread but the loop's.
 
         Raises:
             WrongThread: called on a thread with a running loop, which it would block.
@@ -52,11 +54,7 @@ class Portal:
             Exception: what `fn` raised.
         """
         check_function(fn, "from_thread")
-        if asyncio._get_running_loop() is not None:
-            raise WrongThread(
-                f"from_thread({name_of(fn)}) was called on a thread that runs an event loop, which it would block. "
-                f"There, write `await {name_of(fn)}(...)`; from_thread is for code in threads."
-            )
+        refuse_on_a_loop(fn)
         request = _Request(self, fn, args, kwargs)
         self._post(request.start)
         try:
@@ -155,17 +153,8 @@ class _Request:
         portal._requests.add(self)
         if self._place is not None:
             self._place.lend(self.cancel)
-        if is_async(self._fn):
-            self._task = portal._loop.create_task(self._perform(), context=self._context)
-            self._task.add_done_callback(self._never_begun)
-            return
-        try:
-            value = self._context.run(self._fn, *self._args, **self._kwargs)
-            refuse_coroutine(value, name_of(self._fn))
-        except BaseException as error:  # noqa: BLE001  # it belongs to the thread, and must not end the loop
-            self._end(error=contained(error, name_of(self._fn)))
-        else:
-            self._end(value)
+        self._task = portal._loop.create_task(self._perform(), context=self._context)
+        self._task.add_done_callback(self._ended)
 
     def cancel(self) -> None:
         """Nobody waits for it any more. In the loop."""
@@ -174,26 +163,37 @@ class _Request:
 
     async def _perform(self) -> None:
         try:
-            value = await self._fn(*self._args, **self._kwargs)
+            value = self._fn(*self._args, **self._kwargs)
+            if isawaitable(value):
+                value = await value
         except asyncio.CancelledError:
-            self._end(error=self._too_late())
+            self._end(error=self._cut_off())
             raise
-        except BaseException as error:  # noqa: BLE001  # as above
+        except BaseException as error:  # it belongs to the thread, and must not end the loop
             self._end(error=contained(error, name_of(self._fn)))
+            if isinstance(error, KeyboardInterrupt):  # but for this one, which is meant for the program
+                raise
         else:
             self._end(value)
 
-    def _never_begun(self, _task: "asyncio.Task[None]") -> None:
+    def _ended(self, task: "asyncio.Task[None]") -> None:
         """A task that is cancelled before its first step never reaches its last one."""
         if not self._over:
-            self._end(error=self._too_late())
+            self._end(error=self._cut_off())
+        if not task.cancelled():
+            task.exception()  # it comes out of the loop: asyncio need not complain that nobody looks at it
 
     def _too_late(self) -> Exception:
+        if self._portal._closed and not (self._call is not None and self._call.abandoned):
+            return ClosedError(f"from_thread({name_of(self._fn)}) was called after its executor has been shut down.")
+        return self._cut_off()
+
+    def _cut_off(self) -> Exception:
         what = f"from_thread({name_of(self._fn)})"
         if self._call is not None and self._call.abandoned:
             return concurrent.futures.CancelledError(f"{what}: nobody waits for this call any more")
         if self._portal._closed:
-            return ClosedError(f"{what} was called after its executor has been shut down.")
+            return ClosedError(f"{what} was cut off when its executor closed.")
         return concurrent.futures.CancelledError(f"{what} was cancelled on the loop")
 
     def _end(self, value: Any = None, error: Exception | None = None) -> None:
@@ -204,6 +204,20 @@ class _Request:
             self._place.take_back()
         else:
             self._inbox.put(None)
+
+
+def refuse_on_a_loop(fn: Callable[..., Any]) -> None:
+    """Refuse a thread that runs a loop.
+
+    Raises:
+        WrongThread: this is one.
+    """
+    if asyncio._get_running_loop() is not None:
+        instead = f"await {name_of(fn)}(...)" if is_async(fn) else f"{name_of(fn)}(...)"
+        raise WrongThread(
+            f"from_thread({name_of(fn)}) was called on a thread that runs an event loop, which it would block. "
+            f"There, write `{instead}`; from_thread is for code in threads."
+        )
 
 
 def _whose_thread() -> tuple[Worker | None, Call | None]:

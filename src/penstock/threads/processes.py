@@ -9,8 +9,9 @@ Purpose: CPU work in pure Python needs processes. The lane gives the permit, the
 Guarantees: a process that dies fails the calls it affects, once, with `BrokenProcessPool`; the next call gets new
 processes. What cannot be pickled or unpickled, on either side, fails its own call alone: the stdlib's pool carries
 nothing but bytes, since it breaks for all when unpickling fails. What would end more than a call (`SystemExit`,
-`StopIteration`) comes back as an error. Processes ignore Ctrl-C, which a terminal sends to them as well, and end when
-their parent does, however that one ended. They are never forked from a process that has threads.
+`StopIteration`) comes back as an error. Processes are deaf to SIGINT and SIGTERM from their first instruction on, since
+terminals and supervisors send them to the whole group, and what is in flight is the parent's to drain. They end when
+their parent does, however that one ended, and by SIGKILL. They are never forked from a process that has threads.
 
 Threads: every method may be called from any. The lock guards the fields of `Processes`, and is never held while a
 process starts or while something waits. A broken pool is buried by the thread that was first to discard it.
@@ -20,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -38,6 +41,9 @@ from penstock.outcome import contained
 NOTICE = 1.0
 """Seconds until a process that died must have been noticed. Arbitrary, because: the stdlib notices at once, except
 when it is stuck in half an answer or half a question, which is all that this is waited for."""
+
+DEAF_TO = (signal.SIGINT, signal.SIGTERM)
+"""What terminals and supervisors send to all processes of a program."""
 
 
 class Processes:
@@ -179,8 +185,9 @@ class Processes:
         )
         if not self._answered:
             broken.add_note(
-                "No process has answered yet. If this is a script, each process imports it: keep what starts the work "
-                'under `if __name__ == "__main__":`, or the process starts it all over and dies.'
+                "No process has answered yet. If this is a script without a main guard, that is why: each process "
+                "imports it, would start it all over, and dies. Keep what starts the work under `if __name__ == "
+                '"__main__":`.'
             )
         return broken
 
@@ -192,9 +199,8 @@ class _Pool:
     """
 
     def __init__(self, size: int) -> None:
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        self._executor = ProcessPoolExecutor(size, mp_context=context, initializer=_prepare)
+        # Not from the fork server: a signal to the whole group ends it, and with it the pool, and it is not ours alone.
+        self._executor = ProcessPoolExecutor(size, mp_context=_Context(), initializer=_prepare)
         # The executor forgets them in its shutdown, and they are needed after it.
         self._processes: dict[int, Any] = getattr(self._executor, "_processes", {})
         self._questions: Any = getattr(self._executor, "_call_queue", None)
@@ -204,7 +210,8 @@ class _Pool:
 
     def submit(self, question: bytes) -> "Future[_Answer]":
         """Ask a process; starts one if all have a call."""
-        future = self._executor.submit(_run, question)
+        with _born_deaf():
+            future = self._executor.submit(_run, question)
         self._manager = getattr(self._executor, "_executor_manager_thread", None) or self._manager
         return future
 
@@ -254,6 +261,20 @@ class _Pool:
     def _kill_processes(self) -> None:
         for process in list(self._processes.values()):
             process.kill()
+
+
+class _Process(SpawnProcess):
+    """A worker of a pool, as the stdlib sees it."""
+
+    def terminate(self) -> None:
+        """End it, as the stdlib does with those of a broken pool, for which it waits then: they are deaf to SIGTERM."""
+        self.kill()
+
+
+class _Context(SpawnContext):
+    """Starts such processes."""
+
+    Process = _Process
 
 
 class _Answer(NamedTuple):
@@ -333,14 +354,44 @@ def _noted(note: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _born_deaf() -> Iterator[None]:
+    """Hold signals back in this thread, and so in the processes that it starts, until these are prepared for them.
+
+    The stdlib's resource tracker, whose start would undo that, has been started by the queues of the pool.
+    """
+    if sys.platform == "win32":  # pragma: no cover  # which has no such signals
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, DEAF_TO)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # --- in the process ---
 
 
 def _prepare() -> None:  # pragma: no cover  # runs in worker processes
     """The process's first step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the parent's to decide what Ctrl-C means
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with it the stdlib ends the processes of a broken pool
+    if sys.platform != "win32":
+        # A handler: programs that the function starts would inherit that the signal is ignored, and never end by it.
+        signal.signal(signal.SIGTERM, _hear_nothing)
+        signal.siginterrupt(signal.SIGTERM, False)
+        hear = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, DEAF_TO)
+        os.register_at_fork(
+            before=partial(signal.pthread_sigmask, signal.SIG_BLOCK, DEAF_TO),  # else lost in a child that is not ready
+            after_in_parent=hear,
+            after_in_child=lambda: (signal.signal(signal.SIGTERM, signal.SIG_DFL), hear()),
+        )
+        hear()
     threading.Thread(target=_end_with_parent, name="penstock-parent", daemon=True).start()
+
+
+def _hear_nothing(*_: object) -> None:  # pragma: no cover  # as above
+    """SIGTERM, which is the parent's to act upon."""
 
 
 def _end_with_parent() -> None:  # pragma: no cover  # as above

@@ -7,8 +7,9 @@ Threads are made on demand, parked last in, first out, and end when they have be
 was large once becomes small again. They are daemons, which those of a `ThreadPoolExecutor` are not: the interpreter
 would wait for a call that nobody waits for any more.
 
-Purpose of the promise: there are never more promises than `most`, and never fewer threads than promises, so work that
-is handed over has a thread that is free or about to be. Nothing is ever queued behind a call that may hang.
+Purpose of the promise: there are never more promises than `most`, and never fewer threads than promises as long as
+threads can be started, so work that is handed over has a thread that is free or about to be, and is not queued behind a
+call that may hang.
 
 One wake-up is under way at a time. A thread that has been woken wakes the next one if there is more work, and starts it
 if there is none to wake: a burst of short calls is done by few threads, and the loop never waits for a thread to start
@@ -121,13 +122,27 @@ class Workers:
         self._promised = 0
         self._waking = 0
         self._wanting: list[Callable[[], None]] = []
+        self._wanting_spare: list[Callable[[], None]] = []
+        self._leaving: set[Worker] = set()
+        self._asking = 0
         self._dismissed = False
 
     @property
     def threads(self) -> tuple[Worker, ...]:
-        """All threads there are."""
+        """All threads there are, those included that are about to end."""
         with self._lock:
-            return tuple(self._threads)
+            return (*self._threads, *self._leaving)
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether no thread is left, not even a spare one, and all there are wait for something else to happen."""
+        with self._lock:
+            return self._promised >= self.most + SPARE_THREADS and self._asking >= self._promised
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody has asked for a thread in vain, who is to be told when one is free."""
+        return bool(self._wanting)
 
     def take_nowait(self, *, spare: bool = False) -> bool:
         """Promise a thread if there is one left. `run` or `give_back` is owed for it.
@@ -146,30 +161,47 @@ class Workers:
             wanting = self._one_less()
         _tell(wanting)
 
-    def when_free(self, tell: Callable[[], None]) -> None:
-        """Call `tell` once, in any thread, when a thread may be free."""
+    def when_free(self, tell: Callable[[], None], *, spare: bool = False) -> None:
+        """Call `tell` once, in any thread, when a thread may be free, or with `spare` a spare one."""
         with self._lock:
-            if self._promised >= self.most:
-                self._wanting.append(tell)
+            if self._promised >= self.most + (SPARE_THREADS if spare else 0):
+                (self._wanting_spare if spare else self._wanting).append(tell)
                 return
         tell()
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work, *, at_once: bool = False) -> None:
         """Do `work` in a thread, which has been promised. Does not wait for it.
 
+        With `at_once`, it must not wait for a thread that is busy, which may be waiting for it.
+
         Raises:
-            RuntimeError: no thread can be started and there is none; the promise is taken back.
+            RuntimeError: no thread can be started, and there is none or it would have to wait for one; the promise is
+                taken back.
         """
         with self._lock:
             self._backlog.append(work)
             try:
                 self._summon()
             except RuntimeError:
-                if self._threads:
+                if self._threads and not at_once:
                     return  # it takes longer; who is busy comes back
                 self._backlog.remove(work)
                 self._promised -= 1
                 raise
+
+    def begin_to_wait(self) -> None:
+        """A thread waits for the loop, or for another thread: it has a promise and does nothing."""
+        with self._lock:
+            self._asking += 1
+            wanting: list[Callable[[], None]] = []
+            if self._asking >= self._promised:  # those who wait for one of them had better look again
+                wanting, self._wanting_spare = self._wanting_spare, []
+        _tell(wanting)
+
+    def go_on(self) -> None:
+        """It waits no more."""
+        with self._lock:
+            self._asking -= 1
 
     def dismiss(self) -> None:
         """Let the threads end, those that work after their work. Never blocks."""
@@ -193,7 +225,7 @@ class Workers:
             self._waking += 1
             try:
                 worker.start()
-            except BaseException:
+            except RuntimeError:  # and no other: what interrupts the loop may come when the thread has begun
                 self._waking -= 1
                 self._threads.discard(worker)
                 raise
@@ -211,9 +243,11 @@ class Workers:
                 woken = False
         finally:
             with self._lock:
-                self._threads.discard(worker)
+                self._leave(worker)
             if self._on_exit is not None:
                 self._on_exit()
+            with self._lock:
+                self._leaving.discard(worker)
 
     def _next(self) -> Work | None:
         """After a call: its promise is fulfilled. The next one at once, if there is one."""
@@ -239,7 +273,7 @@ class Workers:
             work = self._take()
             if work is None:
                 if self._dismissed:
-                    self._threads.discard(worker)
+                    self._leave(worker)
                 else:
                     self._parked.append(worker)
             return work
@@ -248,7 +282,12 @@ class Workers:
         with self._lock:
             if worker in self._parked:  # else it is being woken
                 self._parked.remove(worker)
-                self._threads.discard(worker)
+                self._leave(worker)
+
+    def _leave(self, worker: Worker) -> None:
+        """It takes no more work, and is not counted on."""
+        self._threads.discard(worker)
+        self._leaving.add(worker)
 
     def _take(self) -> Work | None:
         if not self._backlog:
@@ -261,9 +300,11 @@ class Workers:
 
     def _one_less(self) -> list[Callable[[], None]]:
         self._promised -= 1
-        if not self._wanting or self._promised >= self.most:
+        if not self._wanting and not self._wanting_spare:
             return _NOBODY
-        wanting, self._wanting = self._wanting, []
+        wanting, self._wanting_spare = self._wanting_spare, []
+        if self._promised < self.most:
+            wanting, self._wanting = wanting + self._wanting, []
         return wanting
 
 
@@ -282,8 +323,8 @@ class _WithSpare:
         self._workers.give_back()
 
     def when_free(self, tell: Callable[[], None]) -> None:
-        """Call `tell` once, in any thread, when one that is not spare may be free."""
-        self._workers.when_free(tell)
+        """Call `tell` once, in any thread, when one may be free, also a spare one."""
+        self._workers.when_free(tell, spare=True)
 
 
 def most_threads() -> int:
