@@ -204,6 +204,12 @@ def uploaded(cause: aws.ClientError) -> Exception:
         return error
 
 
+def without_context(code: str) -> S3UploadFailedError:
+    """An upload's error whose context Python has cut: nothing but its text tells of the answer."""
+    answer = f"An error occurred ({code}) when calling the PutObject operation: for some reason"
+    return S3UploadFailedError(f"Failed to upload here to there: {answer}")
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -219,6 +225,10 @@ def uploaded(cause: aws.ClientError) -> Exception:
         (uploaded(answered("SlowDown", 503)), "throttled"),
         (uploaded(answered("AccessDenied", 403)), "permanent"),
         (S3UploadFailedError("of nobody knows what"), None),
+        (without_context("SlowDown"), FailureKind.THROTTLED),
+        (without_context("ServiceUnavailable"), FailureKind.TRANSIENT),
+        (without_context("500"), FailureKind.TRANSIENT),
+        (without_context("AccessDenied"), FailureKind.PERMANENT),
         (aws.SSLError(endpoint_url="x", error=OSError("expired")), "permanent"),
         (aws.NoCredentialsError(), "permanent"),
         (aws.PartialCredentialsError(provider="env", cred_var="x"), "permanent"),

@@ -221,6 +221,8 @@ async def test_compute_runs_one_at_a_time_beside_a_busy_blocking_lane() -> None:
     release = threading.Event()
     async with Executor(threads=1) as executor:
         blocked = executor.submit(release.wait)
+        while (threads := executor.statistics().threads) is None or not threads.busy:
+            await asyncio.sleep(0)
         assert await executor.compute(sum, [1, 2, 3]) == 6
         statistics = executor.statistics()
         assert statistics.cpu is not None

@@ -1168,3 +1168,29 @@ async def test_a_gate_tells_the_last_thread_that_none_is_left(monkeypatch: pytes
     with pytest.raises(DeadlockError, match=r"no thread is left for int.*int in 'gate' <- .*ask in 'test'"):
         await lane.call(ask)
     assert workers._promised == 0
+
+
+async def test_a_thread_whose_wait_is_over_is_not_kept_by_calls_that_nobody_waits_for() -> None:
+    """Two calls were offered to it and left behind: it ran one while it waited, and goes on before the other."""
+    lane, portal, order = Lane("test", 1, workers=Workers(8)), Portal(), list[str]()
+    begun, go_on = threading.Event(), threading.Event()
+    left: list[asyncio.Task[None]] = []
+
+    def first() -> None:
+        begun.set()
+        assert go_on.wait(BOUND)
+        order.append("first")
+
+    async def leave_behind() -> None:
+        left.append(asyncio.create_task(lane.call(first)))
+        left.append(asyncio.create_task(lane.call(order.append, "second")))
+        assert await asyncio.to_thread(begun.wait, BOUND)
+        asyncio.get_running_loop().call_soon(go_on.set)
+
+    def ask() -> None:
+        portal.call(leave_behind, (), {})
+        order.append("the thread goes on")
+
+    await lane.call(ask)
+    await asyncio.wait(left)
+    assert order == ["first", "the thread goes on", "second"]

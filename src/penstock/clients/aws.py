@@ -14,6 +14,7 @@ session of boto3 is never touched: it is not thread safe (boto/boto3 #1592), a c
 Threads: the factory runs in the thread that opens the client; `classify_aws` in any.
 """
 
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
@@ -65,6 +66,10 @@ an event stream it stands alone, since there is no status left to send."""
 TRANSIENT_STATUSES = frozenset({408, 500, 502, 503, 504})
 """The same class, `_TRANSIENT_STATUS_CODES`, and 408 (RFC 9110 15.5.9). 500 is among them, unlike elsewhere: AWS
 documents it as worth a repetition."""
+_CODE_IN_TEXT = re.compile(r"An error occurred \(([^)]*)\) when calling the ")
+"""botocore 1.44, `exceptions.py`, `ClientError.MSG_TEMPLATE`. Without a code in the answer, it is the status."""
+_UNAVAILABLE = "ServiceUnavailable"
+"""S3's code for a 503 (S3 API Reference, Error Responses), where there is no status to tell."""
 
 
 def boto3_client(
@@ -198,6 +203,8 @@ def classify_aws(error: Exception) -> FailureKind | None:
         return FailureKind.TRANSIENT
     # An upload's class says nothing, and is raised while the one that does is handled.
     cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
+    if cause is None:
+        return _classify_text(str(error))
     if isinstance(cause, aws.ClientError):
         return _classify_answer(error, cause.response)
     if isinstance(cause, aws.SSLError):  # a ConnectionError, for botocore
@@ -228,6 +235,20 @@ def _classify_answer(error: Exception, response: Mapping[str, Any]) -> FailureKi
     if code in THROTTLING_CODES or status == 429 or (status == 503 and wait is not None):
         return FailureKind.THROTTLED
     return FailureKind.TRANSIENT if code in TRANSIENT_CODES or status in TRANSIENT_STATUSES else FailureKind.PERMANENT
+
+
+def _classify_text(text: str) -> FailureKind | None:
+    """Say what kind of failure an upload's error is that has lost its context.
+
+    `upload_file` leaves its transfer manager while it raises, and that may raise the service's answer once more within:
+    Python then cuts the context of the outer error, so that the two are no cycle.
+    """
+    found = _CODE_IN_TEXT.search(text)
+    if found is None:
+        return None
+    code = found[1]
+    status = int(code) if code.isascii() and code.isdigit() else 503 if code == _UNAVAILABLE else None
+    return _classify_answer(Exception(), {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}})
 
 
 def _wait(headers: Mapping[str, str]) -> float | None:

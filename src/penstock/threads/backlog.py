@@ -67,9 +67,12 @@ class Backlog:
             self._set_timer()
 
     def seconds(self) -> float:
-        """Until all that waits now is processed; 0 while nothing moves, or what runs waits for the loop itself."""
+        """Until all that waits now is processed; 0 while nothing moves, or a thread of the lane waits for the loop.
+
+        What it waits for may be the very round trip that would be held back.
+        """
         lane = self._lane
-        if not lane.waiting or not self._moves() or lane.books.busy <= len(lane.books.waiting):
+        if not lane.waiting or lane.books.waiting or not self._moves():
             return 0.0
         return lane.waiting * self._hold / lane.limit
 

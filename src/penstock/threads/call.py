@@ -67,6 +67,8 @@ class Call:
     began: float = 0.0
     """When its thread began, on the loop's clock; 0 before."""
     ended: float = 0.0
+    on_loan: bool = False
+    """Whether it runs on the place of a call that waits, and so takes none of its own."""
     over: bool = False
     abandoned: bool = False
     error: Exception | None = None

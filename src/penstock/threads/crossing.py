@@ -116,11 +116,13 @@ class Crossing:
 
     def in_vain(self, home: object, limit: int) -> str | None:
         """What to say to those who wait, when all permits of `home` are held by calls that are abandoned."""
-        if len(self._abandoned) < limit or len(abandoned := self.abandoned(home)) < limit:
+        if len(self._abandoned) < limit:
+            return None
+        if sum(call.home is home and not call.on_loan for call in self._abandoned) < limit:
             return None
         threads = "the one thread" if limit == 1 else f"all {limit} threads"
         held = "is held by a call" if limit == 1 else "are held by calls"
-        return f"{threads} of {self.name!r} {held} that nobody waits for any more: {named(abandoned)}"
+        return f"{threads} of {self.name!r} {held} that nobody waits for any more: {named(self.abandoned(home))}"
 
     def tell_once(self, explanation: str | None, limit: int) -> None:
         """Log that all `limit` permits are held in vain: once until that has changed, or `limit` has doubled."""

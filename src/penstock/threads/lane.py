@@ -288,6 +288,7 @@ class Lane(Executor):
         if in_vain is not None and not call.abandoned:
             error.add_note(in_vain)
         self.books.tell_once(in_vain, self.limit)
+        self._look_at_nested()  # a thread may have been about to run it, for which others were given none
 
     # --- threads that go through the queue; any thread, with the lock held ---
 
@@ -305,7 +306,7 @@ class Lane(Executor):
         self.books.begin_external_work()
         try:
             self._workers.run(_Runner(self))
-        except RuntimeError:
+        except Exception:  # and not an interrupt, which may come when the thread is under way
             self._runners -= 1
             self._on_its_way = False
             self.books.end_external_work()
@@ -348,6 +349,7 @@ class _Relief:
     def __call__(self, worker: Worker) -> None:
         self._claimed = self._call.claim_for_thread()
         if self._claimed:
+            self._call.on_loan = True
             self._call.run_claimed(worker)
 
     def land(self) -> None:

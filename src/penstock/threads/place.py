@@ -139,6 +139,7 @@ def run_in_place(call: Call, worker: Worker, depth: int) -> None:
 
     It has been claimed for this thread.
     """
+    call.on_loan = True
     if depth < DEEPEST_STACK or not _ran_in_a_further_thread(call):
         if depth < LAST_RESORT:
             call.place = Place(call)

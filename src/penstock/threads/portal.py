@@ -122,7 +122,9 @@ class _Request:
                 return
             assert self._worker is not None, "only a worker's place is lent"
             assert self._place is not None, "only a worker's place is lent"
-            if call.claim_for_thread():
+            if self._over and call.held is None:
+                pass  # its lane has it still, and this thread has something else to do now
+            elif call.claim_for_thread():
                 self._place.occupy()
                 run_in_place(call, self._worker, self._place.depth)
                 self._place.vacate()

@@ -225,7 +225,7 @@ class Workers:
             self._waking += 1
             try:
                 worker.start()
-            except RuntimeError:  # and no other: what interrupts the loop may come when the thread has begun
+            except Exception:  # and not an interrupt, which may come when the thread is under way
                 self._waking -= 1
                 self._threads.discard(worker)
                 raise
