@@ -8,6 +8,7 @@ import re
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -1194,3 +1195,26 @@ async def test_a_thread_whose_wait_is_over_is_not_kept_by_calls_that_nobody_wait
     await lane.call(ask)
     await asyncio.wait(left)
     assert order == ["first", "the thread goes on", "second"]
+
+
+async def test_a_thread_that_starts_a_call_and_goes_on_is_not_kept_by_it() -> None:
+    """The call waits for what the thread is yet to give, so it must not run on its stack. The lane has no other."""
+    async with Executor(threads=1) as executor:
+        items: SimpleQueue[int | None] = SimpleQueue()
+        consuming: list[asyncio.Task[list[int | None]]] = []
+
+        def consume() -> list[int | None]:
+            return list(iter(items.get, None))
+
+        async def start() -> None:
+            consuming.append(asyncio.create_task(executor.to_thread(consume)))
+
+        def produce() -> None:
+            executor.from_thread(start)
+            for item in (1, 2, 3, None):
+                items.put(item)
+                executor.from_thread(asyncio.sleep, 0)
+
+        async with asyncio.timeout(BOUND):
+            await executor.to_thread(produce)
+            assert await consuming[0] == [1, 2, 3]

@@ -51,7 +51,6 @@ class Place:
         self._waiting = True
         self._cancel = cancel
         self.call.crossing.waiting[self] = None
-        self._queued = dict.fromkeys(self._queued, False)
         self.loan.resize(1)
         self.call.crossing.workers.begin_to_wait()
         self.call.crossing.changed()
@@ -60,6 +59,7 @@ class Place:
         """The thread is about to go on."""
         self._waiting = False
         self._cancel = None
+        self._queued.clear()  # the thread waits for these no more, and is not to be kept by them
         if self.call.crossing.waiting.pop(self, self) is None:
             self.call.crossing.workers.go_on()
         self.loan.resize(0)
@@ -67,7 +67,8 @@ class Place:
 
     def offer(self, call: Call) -> None:
         """Run `call` in the thread, when it is handed over, if nobody else has claimed it by then."""
-        self._queued[call] = False
+        if self._waiting:
+            self._queued[call] = False
 
     def hand_over(self) -> None:
         """The lane has no other thread for what is offered. The thread waits."""
