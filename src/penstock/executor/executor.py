@@ -58,9 +58,9 @@ class Executor:
 
     Args:
         limit: jobs that run at once. None is 256.
-        threads: blocking calls that run at once. None measures how many: threads are made while calls wait for one
-            longer than 20 ms, and end when they are idle, up to a cap of 512 and of a MiB each in a quarter of the
-            memory (`penstock.threads.workers`).
+        threads: blocking calls that are at work at once; one that waits for the loop (`from_thread`) is not, so this is
+            no lock. None measures how many: threads are made while calls wait for one longer than 20 ms, and end when
+            they are idle, up to a cap of 512 and of a MiB each in a quarter of the memory.
         processes: calls of `to_process` that run at once, each in a process. None is one for each core.
         instruments: who is told of each job's end; see `penstock.events.Instrument`.
 

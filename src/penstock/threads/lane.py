@@ -1,12 +1,14 @@
 """A lane: a named view of the worker threads, for one kind of blocking call.
 
-    await lane.call(fn, ...)      loop: permit and thread in one step, else the lane's queue
-                                  thread: fn, in the caller's context
-                                  loop: the call is over -> permit back -> caller goes on
+    await lane.call(fn, ...)      loop: the lane's queue, and a thread is summoned if one may come
+                                  thread: fn, in the caller's context; then the next in the queue
+                                  loop: the call is over -> caller goes on
 
-Guarantees: never more than `limit` threads are busy, however many callers gave up waiting, because the permit comes
-back when the thread has really ended and not when the caller stops waiting. First in, first out. A lane that is closed
-sends away whoever waits for it; a thread that hangs keeps neither the close nor the interpreter's exit waiting.
+Guarantees: a permit is a thread that goes through the queue. So never more than `limit` calls are at work, however many
+callers gave up waiting: a thread that one of them has left is still at it. (Calls that wait for the loop are not at
+work; when all do, one that a thread waits for gets a thread beyond the limit, see `_relieve`.) First in, first out. A
+lane that is closed sends away whoever waits for it; a thread that hangs keeps neither the close nor the interpreter's
+exit waiting.
 
 The threads are shared by all lanes of the process (`workers.py`) and never the loop's default executor, which also
 resolves DNS and must never be full of our calls.
