@@ -92,11 +92,14 @@ class Running:
         self.process.send_signal(signal.SIGINT)
         self.until(lambda: self.stderr().count("interrupted") > said)
 
-    def ended(self) -> Ended:
+    def ended(self, *, killed: bool = False) -> Ended:
         stdout, _ = self.process.communicate(timeout=BOUND)
         assert not re.search("Traceback|Exception ignored|Warning", self.stderr()), self.stderr()
         text = self.text()
-        assert text == "" or text.endswith("\n")
+        whole, newline, torn = text.rpartition("\n")
+        # Linux looks for a SIGKILL between the pages of a write, and then the rest of the line is not written.
+        assert not torn or (killed and len(text.encode()) % resource.getpagesize() == 0)
+        text = whole + newline
         return Ended(
             self.process.returncode, stdout.decode(), self.stderr(), [json.loads(line) for line in text.splitlines()]
         )
@@ -284,11 +287,14 @@ def test_no_line_is_torn_when_the_disk_is_full(tmp_path: Path) -> None:
 
 
 def test_no_line_is_torn_when_the_program_is_killed(tmp_path: Path, quiet_url: str) -> None:
-    """Each line of the output is there as soon as its outcome has been counted, whole, and once."""
+    """Each line of the output is there as soon as its outcome has been counted, whole, and once.
+
+    But for the last one, where the kernel itself stops writing at the end of a page.
+    """
     with running(tmp_path, "--jobs=5000", f"--base-url={quiet_url}") as program:
         program.until_lines(100)
         program.process.kill()
-        ended = program.ended()
+        ended = program.ended(killed=True)
     assert len(ended.by_id) == len(ended.lines) >= 100
 
 
