@@ -9,7 +9,8 @@ its key. Without options it makes 10,000 records and starts a service of its own
 
 The input is read and the output written as the run goes, so neither has to fit into memory. A record is known by its
 `id`; one without is known by its line, as "line 17". Each outcome, good or bad, is one whole line of the output, on its
-way to the disk before the next one is looked at: whatever ends this program, no line is torn or missing.
+way to the disk before the next one is looked at: whatever ends this program, none is missing, and none is torn but by a
+kill in the middle of that one write.
 
 Ctrl-C takes no more records and finishes those in flight; a second one cancels them. Either way the sums are drawn.
 
