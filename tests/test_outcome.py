@@ -91,9 +91,9 @@ def test_an_answer_without_headers_has_no_hint() -> None:
 
 @given(status=st.integers(400, 599), hinted=st.booleans())
 def test_every_status_has_a_kind_that_follows_the_rule(status: int, hinted: bool) -> None:
-    """Throttled means 429 or a hinted 503; transient means one of the four; nothing else is asked again."""
+    """Throttled means 429 or a hinted 403 or 503; transient means one of the four; nothing else is asked again."""
     kind = classify(HttpStatusError(status, "GET", "http://x", retry_after=0.0 if hinted else None))
-    throttled = status == 429 or (status == 503 and hinted)
+    throttled = status == 429 or (status in (403, 503) and hinted)
     assert (kind is FailureKind.THROTTLED) == throttled
     assert (kind is FailureKind.TRANSIENT) == (status in TRANSIENT_STATUSES and not throttled)
     assert throttled or status in TRANSIENT_STATUSES or kind is FailureKind.PERMANENT
@@ -126,6 +126,11 @@ def test_every_status_has_a_kind_that_follows_the_rule(status: int, hinted: bool
 def test_connection_trouble_and_time_outs_are_transient(error: Exception) -> None:
     """The same call may work the next time, whichever library noticed."""
     assert classify(error) is FailureKind.TRANSIENT
+
+
+def test_what_an_open_breaker_kept_back_may_be_asked_again() -> None:
+    """Nothing was sent, and the service may be back the next time."""
+    assert classify(CircuitOpen("open")) is FailureKind.TRANSIENT
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,6 @@ class OutOfDeviceMemory(RuntimeError):
         BodyTooLarge("GET", "http://x", 1),
         NotJson("GET", "http://x", 200, "text/html", b"<", "bad"),
         TooManyErrors(1, 1, 0),
-        CircuitOpen(),
         Overloaded(),
         DeadlockError(),
         JournalError(),

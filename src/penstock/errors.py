@@ -149,7 +149,9 @@ class TooManyErrors(PenstockError):
 
 
 class CircuitOpen(PenstockError):
-    """The circuit breaker of a service is open and was asked to fail fast."""
+    """The circuit breaker of a service is open and was asked to fail fast. Transient: nothing was sent."""
+
+    failure_kind = "transient"
 
 
 class Overloaded(PenstockError):

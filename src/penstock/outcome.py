@@ -19,7 +19,7 @@ class FailureKind(StrEnum):
     """What went wrong, as far as the question "shall we ask again?" goes."""
 
     THROTTLED = "throttled"
-    """The service asks for less: 429, or 503 with `Retry-After`. Ask again, later."""
+    """The service asks for less: 429, or 403 or 503 with a wait. Ask again, later."""
     TRANSIENT = "transient"
     """The same call may work the next time: connection trouble, time-outs, 408, 502, 503, 504."""
     PERMANENT = "permanent"
@@ -113,7 +113,7 @@ def _kind_told_by(error: BaseException) -> FailureKind | None:
 
 
 def _classify_status(status: int, *, hinted: bool) -> FailureKind:
-    if status == 429 or (status == 503 and hinted):
+    if status == 429 or (status in (403, 503) and hinted):
         return FailureKind.THROTTLED
     return FailureKind.TRANSIENT if status in TRANSIENT_STATUSES else FailureKind.PERMANENT
 
