@@ -65,7 +65,8 @@ def run(
         job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
         items: any iterable or async iterable; see `Executor.map`.
         key: gives each item the key that outcomes, logs and errors carry.
-        limit, threads, processes: jobs, blocking calls and processes that run at once; see `Executor`.
+        limit, threads, processes: jobs, blocking calls and processes that run at once. None measures how many jobs keep
+            the services busy and fit in the memory, and how many calls; see `Executor`.
         timeout: seconds for each job.
         max_errors: an int or a float, see `Executor.as_completed`; the run ends early and the report says so.
         progress: show a progress line on standard error; None shows it on a terminal only.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from penstock import UsageError, clock
+from penstock.memory import MEMORY
 from penstock.threads import workers as module
 from penstock.threads.lane import Lane
 from penstock.threads.workers import Work, Worker, Workers, check_threads, cores, most_threads, usable_cores
@@ -358,37 +359,12 @@ def test_a_thread_tells_how_much_it_has_computed(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "most"), [(1, 1), (1 << 20, 1), (8 << 20, 2), (2 << 30, 512), (1 << 50, 512)], ids=str
+    ("memory", "most"), [(1, 1), (1 << 20, 1), (8 << 20, 2), (2 << 30, 512), (1 << 50, 512), (None, 512)], ids=str
 )
-def test_the_cap_of_threads_follows_the_memory(monkeypatch: pytest.MonkeyPatch, memory: int, most: int) -> None:
-    """A MiB each in a quarter of it; at least one and at most 512."""
-    monkeypatch.setattr(module, "_memory_bytes", lambda: memory)
+def test_the_cap_of_threads_follows_the_memory(monkeypatch: pytest.MonkeyPatch, memory: int | None, most: int) -> None:
+    """A MiB each in a quarter of it; at least one and at most 512, also where nobody knows how much there is."""
+    monkeypatch.setattr(MEMORY, "allowed", lambda: memory)
     assert most_threads() == most
-
-
-def test_the_memory_is_that_of_the_control_group_else_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And plenty where nobody knows."""
-    import builtins
-    import io
-
-    def group(text: str) -> Callable[..., io.StringIO]:
-        return lambda *_: io.StringIO(text)
-
-    def none(*_: object) -> object:
-        raise OSError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", group("123456789\n"))
-        assert module._memory_bytes() == 123456789
-    with monkeypatch.context() as patch:
-        patch.setattr(builtins, "open", group("max\n"))
-        machine = module._memory_bytes()
-        assert machine == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        patch.setattr(os, "sysconf", none)
-        plenty = module._memory_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_memory_bytes", lambda: plenty)
-        assert most_threads() == 512
 
 
 def test_more_threads_than_there_may_be_are_refused() -> None:

@@ -22,6 +22,7 @@ from penstock.events import Instrument
 from penstock.executor.active import ActiveJob
 from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
+from penstock.executor.job_limit import LEAST
 from penstock.executor.lanes import Lanes
 from penstock.executor.resources import Resources
 from penstock.executor.running import PATIENCE, RunningJobs
@@ -40,10 +41,6 @@ T = TypeVar("T")
 P = ParamSpec("P")
 I = TypeVar("I")  # noqa: E741  # the item
 
-DEFAULT_LIMIT = 256
-"""Job slots. Arbitrary, because: until gates measure it, twice a gate's default limit, so that half the jobs can
-process answers or wait for a retry while the gate stays busy."""
-
 
 class Executor:
     """Runs jobs: many at once, never more than `limit`, each in a task and a context of its own.
@@ -57,7 +54,10 @@ class Executor:
     Jobs may submit jobs, to any depth and any number: a child takes a free slot, else runs on the slot of its parent.
 
     Args:
-        limit: jobs that run at once. None is 256.
+        limit: jobs that run at once. None measures how many: four for each round trip that the gates on this loop may
+            have in flight, and 64, at least 256, as long as they fit in the memory. While it is short (80 % of what
+            the process may use) no job is begun but for the 16th and those before it; the log says so. A number is
+            not bounded by memory.
         threads: blocking calls that are at work at once; one that waits for the loop (`from_thread`) is not, so this is
             no lock. None measures how many: threads are made while calls wait for one longer than 20 ms, and end when
             they are idle, up to a cap of 512 and of a MiB each in a quarter of the memory.
@@ -76,10 +76,10 @@ class Executor:
         processes: int | None = None,
         instruments: Sequence[Instrument] = (),
     ) -> None:
-        self._limit = _at_least_one("limit", limit, DEFAULT_LIMIT)
+        self._limit = _at_least_one("limit", limit)
         self._lanes = Lanes(
-            threads=None if threads is None else _at_least_one("threads", threads, 1),
-            processes=None if processes is None else _at_least_one("processes", processes, 1),
+            threads=_at_least_one("threads", threads),
+            processes=_at_least_one("processes", processes),
         )
         self._instruments = _checked_instruments(instruments)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -95,14 +95,14 @@ class Executor:
         state = (
             "closed" if self._closed else "draining" if self._draining else "open" if self._jobs is not None else "new"
         )
-        return f"<Executor {state} limit={self._limit} jobs={len(self._jobs or ())}>"
+        return f"<Executor {state} limit={self.limit} jobs={len(self._jobs or ())}>"
 
     async def __aenter__(self) -> Self:
         if self._jobs is not None:
             raise UsageError("this executor has been opened before. Make a new Executor() for each `async with`.")
         refuse_a_child_that_imports("An executor")
         self._loop = asyncio.get_running_loop()
-        self._jobs = RunningJobs(self._loop, self._limit, self._instruments)
+        self._jobs = RunningJobs(self._loop, self._limit, self._instruments, self._limit_changed)
         self._portal = Portal()
         return self
 
@@ -171,7 +171,8 @@ class Executor:
             fn: an async function, or a plain one, which runs in threads.
             iterables: any iterable or async iterable, also an endless one. It is pulled when there is a slot, on the
                 loop thread: wrap a source that blocks in `penstock.pull_in_thread`.
-            buffersize: items taken from the source and not yet read at the other end; None is twice the limit.
+            buffersize: items taken from the source and not yet read at the other end; None is twice the limit, which
+                it follows.
             timeout: seconds for each job, counted from its start.
 
         Raises:
@@ -387,11 +388,43 @@ class Executor:
             raise AssertionError
         return self._portal.call(fn, args, kwargs)
 
+    @property
+    def limit(self) -> int:
+        """Jobs that run at once: the number that was given, or what is measured at this moment. Any thread may read it.
+
+        It can be set while jobs run, on the loop thread: a number of at least 1, or None to measure it from then on.
+        Jobs beyond a smaller number go on, and none begins until they have ended.
+
+        Raises:
+            UsageError: it is set to anything else.
+            WrongThread: it is set from elsewhere than the open executor's loop thread.
+        """
+        if self._jobs is not None:
+            return self._jobs.slots.limit
+        return LEAST if self._limit is None else self._limit
+
+    @limit.setter
+    def limit(self, limit: int | None) -> None:
+        limit = _at_least_one("limit", limit)
+        if self._jobs is not None:
+            if asyncio._get_running_loop() is not self._loop:
+                raise WrongThread(
+                    "executor.limit was set from elsewhere than its event loop's thread. Set it in a coroutine on that "
+                    "loop; in a thread, write `executor.from_thread(setattr, executor, 'limit', 32)`."
+                )
+            if not self._closed:
+                self._jobs.set_limit(limit)
+        self._limit = limit
+
+    def _limit_changed(self, limit: int) -> None:
+        for feed in self._feeds:
+            feed.limit_changed(limit)
+
     def statistics(self) -> ExecutorStatistics:
         """What is going on. Loop thread only."""
         jobs = self._opened()
         return ExecutorStatistics(
-            limit=self._limit,
+            limit=jobs.slots.limit,
             jobs=len(jobs),
             done=jobs.done,
             failed=dict(jobs.failed),
@@ -441,7 +474,7 @@ class Executor:
             await self._cancel(jobs)
             raise
         finally:
-            self._close()
+            self._close(jobs)
 
     def _hurry(self, timeout: float) -> None:
         """Set a bound to the resources of jobs that are opened and closed."""
@@ -473,10 +506,11 @@ class Executor:
             for wait in waits:
                 wait.cancel()
 
-    def _close(self) -> None:
+    def _close(self, jobs: RunningJobs) -> None:
         assert self._portal is not None, "opened before it is closed"
         if not self._closed:
             self._closed = True
+            jobs.stop_measuring()
             self._portal.close()
             self._lanes.close()
 
@@ -485,7 +519,7 @@ class Executor:
         buffersize: int | None, timeout: float | None, max_errors: float | None, ordered: bool, spread: bool,
     ) -> Callable[[], Feed]:  # fmt: skip
         self._ready_for(call, fn)
-        window = _at_least_one("buffersize", buffersize, 2 * self._limit)
+        window = _at_least_one("buffersize", buffersize)
         check_timeout(f"timeout={timeout!r}", timeout)
 
         def start() -> Feed:
@@ -609,9 +643,7 @@ def _check_max_errors(max_errors: float | None) -> None:
         )
 
 
-def _at_least_one(name: str, value: int | None, default: int) -> int:
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _at_least_one(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise UsageError(f"{name}={value!r}: expected a whole number of at least 1, or None for the default.")
     return value

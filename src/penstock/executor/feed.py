@@ -33,6 +33,8 @@ from penstock.report import INTERRUPTED, TOO_MANY_ERRORS
 
 sources = logging.getLogger("penstock.sources")
 
+ITEMS_FOR_EACH_SLOT = 2
+"""The window, unless it is given. Arbitrary, because: as many outcomes may wait behind a slow one as jobs run."""
 LONGEST_TURN = 0.005
 """Seconds of pulling after which the loop gets a turn. CPython's own switch interval between threads."""
 BLOCKS = 0.1
@@ -56,7 +58,7 @@ class Feed:
         timeout: float | None,
         spread: bool,
         key: Callable[[Any], Any] | None,
-        window: int,
+        window: int | None,
         ordered: bool,
         max_errors: float | None,
         nested: bool,
@@ -81,7 +83,8 @@ class Feed:
         self._timeout = timeout
         self._spread = spread
         self._key = key
-        self._window = window
+        self._follows = window is None
+        self._window = ITEMS_FOR_EACH_SLOT * running.slots.limit if window is None else window
         self._max_errors = max_errors
         self._in_order: deque[ActiveJob] | None = deque() if ordered else None
         self._on_over = on_over
@@ -103,8 +106,19 @@ class Feed:
         """The next outcome that is ready; makes room for one more item."""
         self._undelivered -= 1
         if self._room is not None:
-            _wake(self._room)
+            self._wake_if_room(self._room)
         return self.ready.popleft()
+
+    def limit_changed(self, limit: int) -> None:
+        """So many jobs may run at once from now on: the window follows, unless it was given."""
+        if self._follows:
+            self._window = ITEMS_FOR_EACH_SLOT * limit
+            if self._room is not None:
+                self._wake_if_room(self._room)
+
+    def _wake_if_room(self, room: "asyncio.Future[None]") -> None:
+        if self._undelivered < self._window:
+            _wake(room)
 
     async def wait(self) -> None:
         """Wait until something is ready or the feed is over.

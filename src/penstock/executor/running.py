@@ -23,7 +23,9 @@ from penstock.errors import JobTimeout, UsageError
 from penstock.events import Instrument, JobEnded
 from penstock.executor.active import ActiveJob
 from penstock.executor.failure_log import FailureLog
+from penstock.executor.job_limit import LEAST, MeasuredJobs
 from penstock.executor.slots import Slots
+from penstock.gate.guard import Guard, guard_of
 from penstock.histogram import Histogram
 from penstock.outcome import FailureKind, Outcome, contained
 
@@ -41,10 +43,21 @@ def all_of_them(_job: ActiveJob) -> bool:
 
 
 class RunningJobs:
-    """The jobs of one executor that have a task."""
+    """The jobs of one executor that have a task.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int, instruments: Sequence[Instrument]) -> None:
-        self.slots = Slots(loop, limit)
+    Args:
+        limit: jobs that run at once; None measures how many.
+        resized: who is told when that number has changed.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        limit: int | None,
+        instruments: Sequence[Instrument],
+        resized: Callable[[int], None],
+    ) -> None:
+        self.slots = Slots(loop, LEAST if limit is None else limit)
         self.done = 0
         self.failed: dict[FailureKind, int] = {}
         self.cancelled = 0
@@ -54,6 +67,31 @@ class RunningJobs:
         self._tasks: dict[ActiveJob, asyncio.Task[Any] | None] = {}
         self._instruments = list(instruments)
         self._log = FailureLog()
+        self._resized = resized
+        self._measured: MeasuredJobs | None = None
+        self._guard: Guard | None = None
+        """To be stirred by each job that starts; None when nothing is measured."""
+        self.set_limit(limit)
+
+    def set_limit(self, limit: int | None) -> None:
+        """Change the number of jobs that run at once; None measures it from now on."""
+        if limit is not None:
+            self.stop_measuring()
+            self._resize(limit)
+        elif self._measured is None:
+            self._guard = guard_of(self._loop)
+            self._measured = MeasuredJobs(self._guard, self.slots, self._resize)
+
+    def stop_measuring(self) -> None:
+        """Leave the number as it is."""
+        if self._measured is not None:
+            self._measured.stop()
+        self._measured = self._guard = None
+
+    def _resize(self, limit: int) -> None:
+        if limit != self.slots.limit:
+            self.slots.resize(limit)
+            self._resized(limit)
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -129,6 +167,9 @@ class RunningJobs:
         }
 
     async def _perform_in_turn(self, job: ActiveJob) -> Any:
+        guard = self._guard
+        if guard is not None and guard.quiet:
+            guard.stir()  # it may wait for what the guard holds back
         try:
             await self.slots.take(job)
         except asyncio.CancelledError:
@@ -140,6 +181,9 @@ class RunningJobs:
         """The body of a job's task. A submitted job's value and error go to its future, all others to the receiver."""
         enter(job)
         job.started = self._now()
+        guard = self._guard
+        if guard is not None and guard.quiet:
+            guard.stir()
         try:
             if job.timeout is not None:
                 value = await self._in_time(job, job.timeout)

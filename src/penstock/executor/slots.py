@@ -42,6 +42,20 @@ class Slots:
         self._loop = loop
         self._free = PermitQueue(loop, limit)
 
+    @property
+    def limit(self) -> int:
+        """How many slots there are."""
+        return self._free.limit
+
+    @property
+    def in_use(self) -> int:
+        """How many are taken."""
+        return self._free.in_flight
+
+    def resize(self, limit: int) -> None:
+        """Change their number. Those beyond a smaller one are taken back as their jobs end."""
+        self._free.resize(limit)
+
     def take_nowait(self, job: Holder) -> bool:
         """Take a slot of the job's own if one is free and nobody is before us."""
         if self._free.take_nowait():

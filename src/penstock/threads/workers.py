@@ -29,6 +29,7 @@ from typing import Protocol
 
 from penstock import clock
 from penstock.errors import UsageError
+from penstock.memory import MEMORY
 
 IDLE_TIMEOUT = 10.0
 """Seconds until an idle thread ends. As tokio's blocking threads and .NET's idea of a short lull."""
@@ -329,7 +330,10 @@ class _WithSpare:
 
 def most_threads() -> int:
     """The cap of threads that this process's memory allows."""
-    return max(1, min(MOST_THREADS, int(_memory_bytes() * SHARE_OF_MEMORY) // BYTES_FOR_EACH_THREAD))
+    allowed = MEMORY.allowed()
+    if allowed is None:
+        return MOST_THREADS
+    return max(1, min(MOST_THREADS, int(allowed * SHARE_OF_MEMORY) // BYTES_FOR_EACH_THREAD))
 
 
 def check_threads(name: str, value: int) -> None:
@@ -359,19 +363,6 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _memory_bytes() -> int:
-    """What this process may use: the limit of its control group, else the machine's memory; without either, plenty."""
-    try:
-        with open("/sys/fs/cgroup/memory.max") as limit:
-            return int(limit.read())
-    except (OSError, ValueError):  # no such group, or "max"
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not a POSIX system
-        return MOST_THREADS * BYTES_FOR_EACH_THREAD * 4
 
 
 def _tell(wanting: list[Callable[[], None]]) -> None:
