@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from penstock.permits import PermitQueue, take_first
+from penstock.permits import PermitQueue, Weight, take_first
 from penstock.testing import VirtualClockLoop, cancel_at_every_step
 
 
@@ -311,7 +311,7 @@ async def test_a_companion_that_was_taken_in_the_tick_of_a_cancel_is_handed_on()
     next_in_line = asyncio.create_task(queue.take(needs=threads))
     await settled()
     threads.free = 1
-    queue._look_again()
+    queue.look_again()
     unlucky.cancel()
     await next_in_line
     assert unlucky.cancelled()
@@ -454,7 +454,7 @@ async def test_a_queue_that_is_held_back_admits_nobody_until_it_goes_on() -> Non
     """Whatever else changes meanwhile; saying it twice is fine."""
     queue = new_queue(1)
     for _ in range(2):
-        queue.hold_back(True)
+        queue.hold_back("processing", True)
     task = asyncio.create_task(queue.take())
     await settled()
     queue.resize(3)
@@ -463,7 +463,7 @@ async def test_a_queue_that_is_held_back_admits_nobody_until_it_goes_on() -> Non
     assert not queue.take_nowait()
     assert (queue.in_flight, queue.waiting) == (0, 1)
     for _ in range(2):
-        queue.hold_back(False)
+        queue.hold_back("processing", False)
     await task
     assert queue.in_flight == 1
 
@@ -471,10 +471,10 @@ async def test_a_queue_that_is_held_back_admits_nobody_until_it_goes_on() -> Non
 @pytest.mark.virtual_clock
 async def test_a_pause_outlasts_the_end_of_holding_back() -> None:
     queue = new_queue(1)
-    queue.hold_back(True)
+    queue.hold_back("processing", True)
     queue.pause(5)
     started = queue.now()
-    queue.hold_back(False)
+    queue.hold_back("processing", False)
     await queue.take()
     assert queue.now() - started == 5
 
@@ -493,6 +493,231 @@ async def test_clearing_names_who_waits_the_due_ones_first() -> None:
     assert queue.waiting == 0
     assert queue.take_nowait()
     assert not any(waiter.done() for waiter in waiters)
+
+
+@pytest.mark.virtual_clock
+async def test_a_queue_is_held_back_until_all_who_said_so_have_taken_it_back() -> None:
+    """Each for a reason of its own, the first of which is shown."""
+    queue = new_queue()
+    queue.hold_back("breaker", True)
+    queue.hold_back("processing", True)
+    assert (queue.held_back("breaker"), queue.held_back("memory")) == (True, False)
+    task = asyncio.create_task(queue.take())
+    await settled()
+    assert queue.waits_for == "breaker"
+    queue.hold_back("breaker", False)
+    assert queue.waits_for == "processing"
+    assert not task.done()
+    queue.hold_back("processing", False)
+    await task
+    assert queue.waits_for is None
+
+
+@pytest.mark.virtual_clock
+async def test_it_tells_what_the_first_in_line_waits_for() -> None:
+    """A pause before all else; nothing while nobody waits, though nobody could go."""
+    queue, threads = new_queue(), Threads(0)
+    queue.pause(1)
+    assert queue.waits_for is None
+    tasks = [asyncio.create_task(queue.take(needs=threads)), asyncio.create_task(queue.take())]
+    await settled()
+    queue.hold_back("breaker", True)
+    assert queue.waits_for == "pause"
+    await asyncio.sleep(1)
+    assert queue.waits_for == "breaker"
+    queue.hold_back("breaker", False)
+    assert queue.waits_for == "thread"
+    threads.give_back()
+    await settled()
+    assert queue.waits_for == "permit"
+    queue.give_back()
+    await asyncio.gather(*tasks)
+    assert queue.waits_for is None
+
+
+# --- rates ---
+
+
+class Bucket:
+    """A meter of tokens, of which there is one a second; a weight is that many of them."""
+
+    def __init__(self, tokens: float = 0.0) -> None:
+        self.active = True
+        self.full_at = asyncio.get_running_loop().time() - tokens
+        self.taken: list[float] = []
+
+    def delay(self, weight: Weight, now: float) -> float:
+        return max(0.0, self.full_at + self.size(weight) - now)
+
+    def take(self, weight: Weight, _now: float) -> None:
+        self.taken.append(self.size(weight))
+        self.full_at += self.size(weight)
+
+    def size(self, weight: Weight) -> float:
+        return 1.0 if weight is None else weight["tokens"]
+
+
+def metered(tokens: float = 0.0, limit: int = 9) -> tuple[PermitQueue, Bucket]:
+    queue = new_queue(limit)
+    queue.meter = bucket = Bucket(tokens)
+    return queue, bucket
+
+
+@pytest.mark.virtual_clock
+async def test_a_permit_is_taken_together_with_its_tokens() -> None:
+    """None of them without the other."""
+    queue, bucket = metered(2, limit=2)
+    assert queue.take_nowait()
+    assert not queue.take_nowait(weight={"tokens": 2})
+    assert (queue.in_flight, bucket.taken) == (1, [1])
+    assert queue.take_nowait()
+    bucket.full_at -= 10
+    assert not queue.take_nowait()
+    assert (queue.in_flight, bucket.taken) == (2, [1, 1])
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("free", [0, 1])
+async def test_permit_tokens_and_companion_are_taken_in_one_step(free: int) -> None:
+    queue, bucket = metered(1)
+    threads = Threads(free)
+    assert queue.take_nowait(threads) is bool(free)
+    assert (queue.in_flight, len(bucket.taken), threads.free) == (free, free, 0)
+
+
+@pytest.mark.virtual_clock
+async def test_no_companion_is_taken_while_there_are_no_tokens() -> None:
+    """And no tokens while there is no companion."""
+    queue, bucket = metered()
+    threads = Threads(1)
+    began = queue.now()
+    assert not queue.take_nowait(threads)
+    task = asyncio.create_task(queue.take(needs=threads))
+    await settled()
+    assert (threads.free, queue.waits_for) == (1, "rate")
+    threads.free = 0
+    await asyncio.sleep(5)
+    assert (bucket.taken, queue.waits_for) == ([], "thread")
+    threads.give_back()
+    await task
+    assert (bucket.taken, threads.free, queue.now() - began) == ([1], 0, 5)
+
+
+@pytest.mark.virtual_clock
+async def test_who_waits_for_tokens_is_overtaken_by_nobody() -> None:
+    """Each goes when there are tokens for it and for all before it."""
+    queue, _ = metered()
+    began, at = queue.now(), dict[str, float]()
+
+    async def caller(name: str, tokens: float) -> None:
+        await queue.take(weight={"tokens": tokens})
+        at[name] = queue.now() - began
+
+    tasks = [asyncio.create_task(caller(name, tokens)) for name, tokens in (("heavy", 5), ("light", 1), ("last", 2))]
+    await settled()
+    assert not queue.take_nowait(weight={"tokens": 0})
+    await asyncio.gather(*tasks)
+    assert at == {"heavy": 5, "light": 6, "last": 8}
+
+
+@pytest.mark.virtual_clock
+async def test_a_due_retry_goes_before_fresh_work_that_waits_for_tokens() -> None:
+    """It may need less."""
+    queue, _ = metered(1)
+    heavy = asyncio.create_task(queue.take(weight={"tokens": 3}))
+    await settled()
+    began = queue.now()
+    await queue.take(again=True)
+    assert queue.now() == began
+    await heavy
+    assert queue.now() - began == 3
+
+
+@pytest.mark.virtual_clock
+async def test_when_who_waits_for_tokens_leaves_the_next_one_goes_as_soon_as_it_can() -> None:
+    queue, _ = metered(1)
+    heavy = asyncio.create_task(queue.take(weight={"tokens": 30}))
+    light = asyncio.create_task(queue.take())
+    await settled()
+    assert queue.waits_for == "rate"
+    heavy.cancel()
+    began = queue.now()
+    await light
+    assert queue.now() == began
+    assert queue._refill is None
+
+
+@pytest.mark.virtual_clock
+async def test_tokens_come_in_vain_while_a_pause_lasts_or_all_permits_are_out() -> None:
+    """Whoever gives a permit back then lets the next one go."""
+    queue, bucket = metered(limit=1)
+    task = asyncio.create_task(queue.take())
+    await settled()
+    queue.pause(5)
+    assert queue.waits_for == "pause"
+    await asyncio.sleep(3)
+    assert bucket.taken == []
+    await task
+    next_in_line = asyncio.create_task(queue.take())
+    await settled()
+    assert queue.waits_for == "permit"
+    queue.give_back()
+    await next_in_line
+    assert bucket.taken == [1, 1]
+
+
+@pytest.mark.virtual_clock
+async def test_a_meter_that_is_not_active_is_not_asked() -> None:
+    queue, bucket = metered()
+    bucket.active = False
+    await queue.take(weight={"tokens": 100})
+    assert (queue.in_flight, bucket.taken) == (1, [])
+
+
+@pytest.mark.virtual_clock
+async def test_a_place_in_another_queue_needs_no_tokens_of_the_first() -> None:
+    """What is needed is said of the first queue only."""
+    queue, bucket = metered()
+    other = new_queue(1)
+    assert await take_first(asyncio.get_running_loop(), queue, other, weight={"tokens": 5}) is other
+    assert (queue.waiting, bucket.taken) == (0, [])
+
+
+@pytest.mark.virtual_clock
+async def test_who_is_sent_away_gets_the_reason_and_takes_nothing() -> None:
+    """Also when it is cancelled in the same tick: nobody complains of an error that was not looked at."""
+    queue = new_queue(0)
+    tasks = [asyncio.create_task(queue.take()) for _ in range(2)]
+    await settled()
+    for waiter in queue.clear():
+        assert isinstance(waiter, asyncio.Future)
+        waiter.set_exception(ConnectionRefusedError())
+    tasks[1].cancel()
+    await asyncio.wait(tasks)
+    assert isinstance(tasks[0].exception(), ConnectionRefusedError)
+    assert tasks[1].cancelled()
+    assert (queue.in_flight, queue.waiting) == (0, 0)
+
+
+def test_no_permit_and_no_timer_is_lost_at_any_step_of_waiting_for_tokens() -> None:
+    queues: list[PermitQueue] = []
+
+    async def hold(queue: PermitQueue, tokens: float) -> None:
+        await queue.take(weight={"tokens": tokens})
+        queue.give_back()
+
+    async def scenario() -> None:
+        queue, _ = metered(limit=1)
+        queues.append(queue)
+        async with asyncio.TaskGroup() as group:
+            for tokens in (2, 1, 3):
+                group.create_task(hold(queue, tokens))
+
+    def check() -> bool:
+        queue = queues[-1]
+        return (queue.in_flight, queue.waiting, queue._refill) == (0, 0, None)
+
+    assert cancel_at_every_step(scenario, check=check) >= 5
 
 
 class TwoQueuesAndThreads(RuleBasedStateMachine):
@@ -541,7 +766,7 @@ class TwoQueuesAndThreads(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1), on=st.booleans())
     def hold_back(self, which: int, on: bool) -> None:
-        self.queues[which].hold_back(on)
+        self.queues[which].hold_back("processing", on)
 
     @rule(which=st.integers(0, 1), seconds=st.sampled_from([0.5, 1.0]))
     def pause(self, which: int, seconds: float) -> None:
@@ -563,7 +788,7 @@ class TwoQueuesAndThreads(RuleBasedStateMachine):
         if not hasattr(self, "loop"):
             return
         for queue in self.queues:
-            queue.hold_back(False)
+            queue.hold_back("processing", False)
             queue.resize(1)
         self.total += 1
         self.threads.give_back()

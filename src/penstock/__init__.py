@@ -34,7 +34,12 @@ from penstock.executor.definition import Job, job
 from penstock.executor.executor import Executor
 from penstock.executor.statistics import ExecutorStatistics, StreamStatistics
 from penstock.executor.stream import Stream
+from penstock.gate.adaptive import Adaptive
+from penstock.gate.breaker import Breaker
 from penstock.gate.gate import Gate
+from penstock.gate.limiter import LimitChange, Limiter, LimitRule
+from penstock.gate.permit import Permit
+from penstock.gate.rate import Rate
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics
 from penstock.histogram import Distribution
@@ -48,9 +53,11 @@ from penstock.threads.pull import pull_in_thread
 
 __all__ = [
     "AbandonedCall",
+    "Adaptive",
     "AttemptTimeout",
     "BlockingClient",
     "BodyTooLarge",
+    "Breaker",
     "Cause",
     "CircuitOpen",
     "ClosedError",
@@ -72,13 +79,18 @@ __all__ = [
     "JournalError",
     "KeyStatistics",
     "LaneStatistics",
+    "LimitChange",
+    "LimitRule",
+    "Limiter",
     "NotJson",
     "Outcome",
     "Overloaded",
     "PenstockError",
+    "Permit",
     "Pool",
     "PoolStatistics",
     "ProgressLine",
+    "Rate",
     "Report",
     "Response",
     "Retry",

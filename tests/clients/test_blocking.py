@@ -5,8 +5,7 @@ import contextvars
 import gc
 import http.client
 import http.server
-import subprocess
-import sys
+import random
 import threading
 import urllib.error
 import urllib.request
@@ -20,17 +19,21 @@ import requests
 
 import penstock
 from penstock import (
+    Adaptive,
     AttemptTimeout,
     BlockingClient,
     ClosedError,
     Executor,
     FailureKind,
+    Rate,
     Retry,
     UsageError,
     WrongLoop,
     WrongThread,
 )
 from penstock.clients.blocking import LEAST_TO_OPEN
+from penstock.gate.breaker import Breaker
+from penstock.gate.limiter import LimitChange
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads.workers import SHARED, Worker
 
@@ -275,26 +278,16 @@ def test_a_client_that_cannot_work_is_refused(factory: Any, options: dict[str, A
         BlockingClient(factory, **options)
 
 
-def test_where_memory_is_small_the_default_is_the_threads_that_there_are() -> None:
-    """Only a number that somebody wrote is refused."""
-    program = (
-        "import builtins, io\n"
-        "real = open\n"
-        "small = lambda path, *args, **kwargs: (\n"
-        "    io.StringIO(str(64 << 20)) if path == '/sys/fs/cgroup/memory.max' else real(path, *args, **kwargs)\n"
-        ")\n"
-        "builtins.open = small\n"
-        "import penstock\n"
-        "print(penstock.BlockingClient(dict), penstock.boto3_client('s3'))\n"
-        "try:\n"
-        "    penstock.BlockingClient(dict, limit=32)\n"
-        "except penstock.UsageError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
-    shown, refused = done.stdout.splitlines()
-    assert shown == "<BlockingClient 'dict' new limit=16> <BlockingClient 's3' new limit=16>"
-    assert refused.startswith("limit=32: this process uses at most 16 threads")
+async def test_where_memory_is_small_a_number_beyond_the_threads_that_there_are_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A limit that is measured stays below by itself."""
+    monkeypatch.setattr(SHARED, "most", 16)
+    async with BlockingClient(Sdk, limit=Adaptive(start=99)) as client:
+        await client.call("echo")
+        assert client.statistics()[None].limit == 16
+    with pytest.raises(UsageError, match="limit=32: this process uses at most 16 threads"):
+        BlockingClient(Sdk, limit=32)
 
 
 async def test_it_tells_what_it_is() -> None:
@@ -562,6 +555,145 @@ def test_a_cancelled_call_leaves_nothing_behind_at_any_step() -> None:
         assert SHARED._promised == 0
 
     assert cancel_at_every_step(scenario, arrange=Run, check=check) >= 5
+
+
+# --- limit, rates and breaker ---
+
+
+class Dial:
+    """A rule and its limiter: a number that the test sets, and what it was told."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.baseline: float | None = None
+        self.queue = 0.0
+        self.most: int | None = None
+        self.samples: list[float | None] = []
+
+    def limiter(self, _now: float, most: int | None, _rng: random.Random) -> "Dial":
+        self.most = most
+        return self
+
+    def started(self, _now: float) -> int:
+        return 1
+
+    def ended(self, _mark: int, _now: float, rtt: float | None, _dropped: bool) -> LimitChange | None:
+        self.samples.append(rtt)
+        return None
+
+    def contaminate(self) -> None:
+        """Nothing is measured."""
+
+    def half_open(self, _now: float) -> None:
+        """It stays."""
+
+    def recovered(self, _now: float) -> None:
+        """It stays."""
+
+    def cap(self, _most: int | None, _now: float) -> None:
+        """It stays."""
+
+
+@pytest.mark.virtual_clock
+async def test_calls_start_at_the_rate_by_their_weight() -> None:
+    """Of several rates; what they have not used comes back."""
+    rates = {"requests": Rate(10, burst=3), "bytes": Rate(100, burst=100)}
+    began = virtual_loop().time()
+    async with BlockingClient(
+        Sdk,
+        limit=4,
+        rate=rates,
+        weight=lambda _method, size=0: {"bytes": size},
+        used=lambda value: {"bytes": value[0][0] / 2} if value[0] else None,
+    ) as client:
+        assert client.rate == rates
+        await asyncio.gather(*[client.call("echo") for _ in range(13)])
+        assert virtual_loop().time() - began == pytest.approx(1)
+        (seen,) = client.statistics().values()
+        assert seen.tokens["requests"] == pytest.approx(0, abs=0.001)
+        await client.call("echo", 100)
+        (seen,) = client.statistics().values()
+        assert seen.tokens["bytes"] == pytest.approx(50)
+        with pytest.raises(UsageError, match="weight="):
+            await client.call("echo", -1)
+        with pytest.raises(UsageError, match="weight="):
+            await client.call("echo", 101)
+
+
+@pytest.mark.virtual_clock
+async def test_limit_rate_and_breaker_can_be_changed_while_calls_wait() -> None:
+    """More threads than there are is refused, and the limit stays."""
+    with ThreadLatch(virtual_loop()) as latch:
+        breaker = Breaker(calls=5)
+        async with BlockingClient(Sdk, limit=1, breaker=breaker) as client:
+            tasks = [await start(lambda: client.call("do", latch.wait)) for _ in range(8)]
+            assert (client.limit, client.breaker, client.rate) == (1, breaker, None)
+            await asyncio.sleep(0.001)
+            assert latch.held == 1
+            with pytest.raises(UsageError, match=rf"limit={SHARED.most + 1}: this process uses at most"):
+                client.limit = SHARED.most + 1
+            assert client.limit == 1
+            client.limit = 3
+            await asyncio.sleep(0.001)
+            assert latch.held == 3
+            client.limit = Dial(5)
+            await asyncio.sleep(0.001)
+            assert latch.held == 5
+            client.rate = Rate(1, per=60, burst=1)
+            client.breaker = None
+            assert (client.breaker, client.statistics()[None].breaker) == (None, None)
+            client.limit = 8
+            await asyncio.sleep(0.001)
+            assert (latch.held, client.statistics()[None].waits_for) == (6, "rate")
+            client.rate = None
+            await asyncio.sleep(0.001)
+            assert latch.held == 8
+            latch.open()
+            await asyncio.gather(*tasks)
+
+
+@pytest.mark.virtual_clock
+async def test_a_limit_that_is_measured_keeps_to_the_threads_and_hears_how_long_they_took() -> None:
+    """Not of failures: nobody knows what a library does before it raises."""
+    dial = Dial(2)
+    loop = virtual_loop()
+    async with BlockingClient(Sdk, limit=dial, retry=Retry(attempts=1)) as client:
+        with ThreadLatch(loop) as latch:
+            loop.call_later(3, latch.open)
+            await client.call("do", latch.wait)
+        with pytest.raises(ValueError):
+            await client.call("fail", [ValueError()])
+    assert dial.most == SHARED.most
+    sample, failed = dial.samples
+    assert sample is not None
+    assert 0 <= sample < BOUND
+    assert failed is None
+
+
+@pytest.mark.virtual_clock
+async def test_a_service_that_fails_is_left_alone_for_a_while() -> None:
+    """By what `classify` says of the SDK's errors."""
+
+    class Down(Exception):
+        pass
+
+    errors: list[BaseException] = [Down() for _ in range(3)]
+    async with BlockingClient(
+        Sdk,
+        limit=4,
+        classify=lambda error: FailureKind.TRANSIENT if isinstance(error, Down) else None,
+        breaker=Breaker(calls=4, pause=10, probes=1),
+        retry=Retry(attempts=1),
+    ) as client:
+        assert await client.call("fail", []) == "done"  # it is worth waiting for
+        for _ in range(3):
+            with pytest.raises(Down):
+                await client.call("fail", errors)
+        assert client.statistics()[None].breaker == "open"
+        started = virtual_loop().time()
+        assert await client.call("fail", errors) == "done"
+        assert 8 <= virtual_loop().time() - started <= 12
+        assert client.statistics()[None].breaker == "closed"
 
 
 # --- a client for each thread ---
@@ -889,9 +1021,9 @@ def fetch(session: requests.Session, url: str) -> str:
 
 async def test_requests_with_a_session_for_each_thread(service: Service) -> None:
     """Sessions are not thread-safe. Refusals and time-outs of the SDK are retried, and no more than four are inside."""
-    retry = Retry(attempts=3, wait=0)
+    retry = Retry(attempts=3, wait=0, budget=None)
     async with BlockingClient(
-        requests.Session, per_thread=True, limit=4, retry=retry, classify=kind_of_requests_error
+        requests.Session, per_thread=True, limit=4, retry=retry, breaker=None, classify=kind_of_requests_error
     ) as client:
         urls = [f"{service.url}/{path}" for path in [*[f"flaky{n}" for n in range(20)], "hang", *["meet"] * 4]]
         assert await asyncio.gather(*[client.run(fetch, url) for url in urls]) == ["ok"] * 25

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import pickle
 import resource
+import socket
 import ssl
 import sys
 import traceback
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,7 @@ import penstock
 from penstock import (
     AttemptTimeout,
     BodyTooLarge,
+    CircuitOpen,
     ClosedError,
     ConnectionFailed,
     FailureKind,
@@ -33,6 +37,7 @@ from penstock import (
     HttpStatusError,
     NotJson,
     PenstockError,
+    Rate,
     Response,
     Retry,
     RoundTripError,
@@ -40,12 +45,16 @@ from penstock import (
     WrongLoop,
 )
 from penstock.clients.response import masked, masked_text
+from penstock.gate.breaker import Breaker
 from penstock.testing import VirtualClockLoop, run_in_virtual_time
 
 if TYPE_CHECKING:
+    import random
     from collections.abc import Callable
 
     from tests.clients.conftest import Request, Web
+
+    from penstock.gate.limiter import LimitChange
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -764,6 +773,355 @@ async def test_where_descriptors_have_no_limit_there_is_none(monkeypatch: pytest
         monkeypatch.setitem(sys.modules, "resource", None)
     async with HttpClient("http://h", limit=10**9) as api:
         assert " open " in repr(api)
+
+
+# --- limit, rates and breaker ---
+
+RATE = Rate(10, per=1, burst=3)
+
+
+class Dial:
+    """A rule and its limiter: a number that stays, and what it was told."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.baseline: float | None = None
+        self.queue = 0.0
+        self.most: int | None = None
+        self.samples: list[float | None] = []
+        self.caps: list[int | None] = []
+
+    def limiter(self, _now: float, most: int | None, _rng: random.Random) -> Dial:
+        self.most = most
+        return self
+
+    def started(self, _now: float) -> int:
+        return 1
+
+    def ended(self, _mark: int, _now: float, rtt: float | None, _dropped: bool) -> LimitChange | None:
+        self.samples.append(rtt)
+        return None
+
+    def contaminate(self) -> None:
+        """Nothing is measured."""
+
+    def half_open(self, _now: float) -> None:
+        """It stays."""
+
+    def recovered(self, _now: float) -> None:
+        """It stays."""
+
+    def cap(self, most: int | None, _now: float) -> None:
+        self.caps.append(most)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def test_requests_start_at_the_rate(web: Web) -> None:
+    """A heavier one takes more, and one that never fits is refused."""
+    async with web.serving(web.reply(b"{}")) as server, HttpClient(server.url, limit=8, rate=RATE) as api:
+        assert api.rate == RATE
+        await asyncio.gather(*[api.get("/") for _ in range(13)])
+        times = server.times
+        assert all(times[number] >= (number - 3) / 10 - 0.001 for number in range(13))
+        assert times[-1] == pytest.approx(1, abs=0.02)
+        await asyncio.sleep(10)
+        started = now()
+        await api.get("/", weight=3)
+        await api.get("/")
+        assert now() - started == pytest.approx(0.1, abs=0.02)
+        async with api.stream("GET", "/", weight=2):
+            assert now() - started == pytest.approx(0.3, abs=0.02)
+        for weight in (-1, 11, {"tokens": 1}):
+            with pytest.raises(UsageError, match="weight="):
+                await api.get("/", weight=weight)
+
+
+async def test_what_an_answer_says_that_it_has_used_is_put_right(web: Web) -> None:
+    """By `used`, from the answer itself."""
+    rates = {"tokens": Rate(100, per=100, burst=100)}
+    body = web.reply(b'{"used": 10}')
+    async with (
+        web.serving(body) as server,
+        HttpClient(server.url, limit=8, rate=rates, used=lambda answer: {"tokens": answer.json()["used"]}) as api,
+    ):
+        await api.get("/", weight={"tokens": 90})
+        (seen,) = api.statistics().values()
+        assert seen.tokens == {"tokens": pytest.approx(90, abs=0.1)}
+
+
+async def test_a_limit_can_be_changed_while_requests_are_under_way(web: Web) -> None:
+    """For all origins, at once where it grows; beyond the connections that there can be it is refused."""
+    inside = []
+
+    def slow(request: Request) -> bytes:
+        inside.append(request)
+        return web.later(request, 5, web.reply())
+
+    async with (
+        web.serving(slow) as server,
+        aiohttp.TCPConnector(limit=6) as connector,
+        HttpClient(server.url, limit=2, connector=connector) as api,
+    ):
+        requests = [asyncio.ensure_future(api.get("/")) for _ in range(8)]
+        await asyncio.sleep(1)
+        assert (len(inside), api.limit) == (2, 2)
+        with pytest.raises(UsageError, match=r"connector's limit=6 is below the client's limit=7.*at least 7"):
+            api.limit = 7
+        assert api.limit == 2
+        api.limit = 6
+        await asyncio.sleep(1)
+        assert len(inside) == 6
+        api.limit = Dial(1)
+        await asyncio.sleep(4)
+        assert len(inside) == 6
+        api.limit = 4
+        await asyncio.gather(*requests)
+        assert len(inside) == 8
+
+
+async def test_a_limit_can_be_chosen_before_the_client_is_opened() -> None:
+    """It is compared with the connections when there are some."""
+    api = HttpClient("http://h")
+    api.limit = 10**9
+    with pytest.raises(UsageError, match=r"limit=1000000000: this process may open"):
+        await api.__aenter__()
+
+
+@pytest.mark.parametrize(("bounds", "most"), [({"limit": 7}, 7), ({"limit": 0, "limit_per_host": 5}, 5)], ids=str)
+async def test_a_limit_that_is_measured_keeps_to_the_connections_that_there_can_be(
+    web: Web, bounds: dict[str, int], most: int
+) -> None:
+    dial = Dial(2)
+    async with (
+        web.serving(web.reply()) as server,
+        aiohttp.TCPConnector(**bounds) as connector,  # type: ignore[arg-type]
+        HttpClient(server.url, limit=dial, connector=connector) as api,
+    ):
+        await api.get("/")
+    assert dial.most == most
+
+
+async def test_a_limit_that_is_measured_keeps_to_the_descriptors_of_the_process(web: Web) -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    dial = Dial(2)
+    async with web.serving(web.reply()) as server, HttpClient(server.url, limit=dial) as api:
+        await api.get("/")
+    assert dial.most == soft - 64
+
+
+async def test_the_rate_and_the_breaker_can_be_changed_too(web: Web) -> None:
+    answers = [web.reply(status=502)] * 3 + [web.reply()]
+    async with (
+        web.serving(web.script(*answers)) as server,
+        HttpClient(server.url, limit=4, breaker=Breaker(calls=3), retry=ONCE) as api,
+    ):
+        assert api.breaker == Breaker(calls=3)
+        for _ in range(3):
+            with pytest.raises(HttpStatusError):
+                await api.get("/")
+        (seen,) = api.statistics().values()
+        assert (seen.breaker, seen.opened) == ("open", 1)
+        started = now()
+        waiting = asyncio.ensure_future(api.get("/"))
+        await asyncio.sleep(1)
+        api.breaker = None
+        await waiting
+        assert now() - started == pytest.approx(1, abs=0.1)
+        api.rate = Rate(1, per=50, burst=1)
+        for _ in range(2):
+            await api.get("/")
+        assert now() - started == pytest.approx(51, abs=0.2)
+        api.rate = None
+        for _ in range(20):
+            await api.get("/")
+        assert now() - started == pytest.approx(51, abs=0.2)
+
+
+async def test_where_nothing_answers_requests_fail_soon() -> None:
+    """A batch with a wrong address does not wait for it."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        async with HttpClient(address, limit=4, retry=ONCE) as api:
+            started = now()
+            ends = await asyncio.gather(*[api.get("/") for _ in range(100)], return_exceptions=True)
+            assert now() - started < 5
+    kinds = Counter(type(end) for end in ends)
+    assert kinds[ConnectionFailed] <= 14
+    assert kinds[CircuitOpen] == 100 - kinds[ConnectionFailed]
+    assert "nothing has ever answered" in str(ends[-1])
+
+
+# --- what is measured, and what the server tells ---
+
+
+async def test_neither_connecting_nor_the_body_count_as_the_services_time(web: Web) -> None:
+    """What says how busy it is, is the time from the request to the headers."""
+
+    class Slow(aiohttp.TCPConnector):
+        async def connect(self, *args: Any, **how: Any) -> Any:
+            await asyncio.sleep(3)
+            return await super().connect(*args, **how)
+
+    def answer(request: Request) -> bytes:
+        web.later(request, 2, web.head(200, Content_Length="4"))
+        return web.later(request, 7, b"done")
+
+    dial = Dial(2)
+    async with web.serving(answer) as server, Slow() as connector:
+        async with HttpClient(server.url, limit=dial, connector=connector) as api:
+            response = await api.get("/")
+            (seen,) = api.statistics().values()
+    assert dial.samples == [pytest.approx(2, abs=0.1)]
+    assert response.elapsed == pytest.approx(10, abs=0.1)
+    assert seen.latency.max == pytest.approx(10, abs=0.1)
+
+
+async def test_an_error_that_is_an_answer_is_measured_as_well(web: Web) -> None:
+    """The service has worked for a 404; of a 500 nobody knows."""
+    dial = Dial(2)
+    statuses = [404, 500]
+
+    def answer(request: Request) -> bytes:
+        return web.later(request, 2, web.reply(b"no", statuses[0]))
+
+    async with web.serving(answer) as server, HttpClient(server.url, limit=dial, retry=ONCE) as api:
+        for _ in range(2):
+            with pytest.raises(HttpStatusError):
+                await api.get("/")
+            statuses.pop(0)
+    assert dial.samples == [pytest.approx(2, abs=0.1), None]
+
+
+async def test_retry_after_of_a_real_server_pauses_the_whole_origin() -> None:
+    """Neither the others that are under way nor those that come meanwhile are sent; other origins go on."""
+    asked: list[float] = []
+
+    async def handler(_request: aiohttp_web.Request) -> aiohttp_web.Response:
+        asked.append(now())
+        if len(asked) == 1:
+            return aiohttp_web.Response(status=503, headers={"Retry-After": "20"})
+        return aiohttp_web.Response(text="fine")
+
+    async def other(_request: aiohttp_web.Request) -> aiohttp_web.Response:
+        return aiohttp_web.Response(text="fine")
+
+    app, elsewhere = aiohttp_web.Application(), aiohttp_web.Application()
+    app.router.add_get("/", handler)
+    elsewhere.router.add_get("/", other)
+    async with TestServer(app) as server, TestServer(elsewhere) as second, HttpClient(str(server.make_url("/"))) as api:
+        first = asyncio.ensure_future(api.get("/"))
+        async with asyncio.timeout(100):
+            while not asked:
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(1)
+        late = asyncio.ensure_future(api.get("/"))
+        started = now()
+        await api.get(str(second.make_url("/")))
+        assert now() - started < 1
+        seen = api.statistics()[str(server.make_url("/")).rstrip("/")]
+        assert seen.paused_for > 15
+        assert seen.waits_for == "pause"
+        await asyncio.gather(first, late)
+    assert len(asked) == 3
+    assert all(20 <= at - asked[0] <= 23 for at in asked[1:])
+
+
+async def test_a_quota_that_a_real_server_tells_of_is_kept_by_the_whole_origin() -> None:
+    """Before anything is refused: when it is used up, everybody waits for the next window."""
+    asked: list[float] = []
+    refused = 0
+    window, quota = 30, 10
+
+    async def handler(_request: aiohttp_web.Request) -> aiohttp_web.Response:
+        nonlocal refused
+        started = asked[0] if asked else now()
+        number = int((now() - started) // window)
+        used = sum(int((at - started) // window) == number for at in asked)
+        headers = {
+            "X-RateLimit-Limit": str(quota),
+            "X-RateLimit-Remaining": str(max(0, quota - used - 1)),
+            "X-RateLimit-Reset": str(math.ceil(started + (number + 1) * window - now())),
+        }
+        if used >= quota:
+            refused += 1
+            return aiohttp_web.Response(status=429, headers=headers)
+        asked.append(now())
+        return aiohttp_web.Response(text="fine", headers=headers)
+
+    app = aiohttp_web.Application()
+    app.router.add_get("/", handler)
+    async with TestServer(app) as server, HttpClient(str(server.make_url("/")), limit=2) as api:
+        await asyncio.gather(*[api.get("/") for _ in range(25)])
+        (seen,) = api.statistics().values()
+    assert len(asked) == 25
+    assert 2 * window <= asked[-1] - asked[0] <= 4 * window
+    assert refused <= 3
+    assert seen.waited["rate"] + seen.waited.get("pause", 0) >= window
+
+
+async def test_what_a_server_takes_at_once_caps_what_is_measured(web: Web) -> None:
+    """It says so in its answers."""
+    dial = Dial(8)
+    answer = web.reply(RateLimit_Policy='"c";q=3;qu="concurrent-requests"')
+    async with web.serving(answer) as server, HttpClient(server.url, limit=dial) as api:
+        for _ in range(2):
+            await api.get("/")
+    assert dial.caps == [3]
+
+
+async def test_what_was_used_is_asked_of_final_answers_only(web: Web) -> None:
+    """A redirect has no body to look into, and a stream has not been read."""
+    asked: list[str] = []
+
+    def used(answer: Response) -> dict[str, float]:
+        asked.append(answer.text())
+        return {"tokens": 1}
+
+    def answer(request: Request) -> bytes:
+        return web.reply(b"", 302, Location="/end") if request.target == "/" else web.reply(b"end")
+
+    async with web.serving(answer) as server, HttpClient(server.url, used=used) as api:
+        await api.get("/")
+        async with api.stream("GET", "/") as stream:
+            assert [piece async for piece in stream.iter_bytes()] == [b"end"]
+        assert web.in_use(api) == 0
+    assert asked == ["end"]
+
+
+async def test_streams_that_are_being_read_take_no_probes_place_and_let_none_through_at_their_end(web: Web) -> None:
+    """They have had their answer before."""
+    down: list[bool] = []
+
+    def answer(request: Request) -> bytes:
+        if request.target == "/stream":
+            return web.reply(b"all of it")
+        return web.reply(status=502) if down else web.later(request, 50, web.reply())
+
+    async with (
+        web.serving(answer) as server,
+        HttpClient(server.url, limit=6, retry=ONCE, breaker=Breaker(calls=5, pause=10), timeout=None) as api,
+    ):
+        async with api.stream("GET", "/stream"), api.stream("GET", "/stream"):
+            down.append(True)
+            for _ in range(4):
+                with pytest.raises(HttpStatusError):
+                    await api.get("/")
+            down.clear()
+            requests = [asyncio.ensure_future(api.get("/")) for _ in range(4)]
+            (seen,) = api.statistics().values()
+            assert seen.breaker == "open"
+            while (seen := next(iter(api.statistics().values()))).breaker == "open":
+                await asyncio.sleep(0.1)
+            assert (seen.in_flight, seen.limit) == (3, 3)
+        (seen,) = api.statistics().values()
+        assert (seen.in_flight, seen.limit) == (1, 1)
+        for request in requests:
+            request.cancel()
+        await asyncio.wait(requests)
 
 
 # --- what is refused ---

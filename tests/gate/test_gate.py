@@ -13,7 +13,7 @@ import pytest
 
 import penstock
 from penstock import AttemptTimeout, Executor, FailureKind, Gate, HttpStatusError, Retry, UsageError, WrongLoop
-from penstock.gate.gate import DEFAULT_LIMIT, MOST_IDLE_KEYS, _AsyncCall
+from penstock.gate.gate import MOST_IDLE_KEYS, _AsyncCall
 from penstock.testing import VirtualClockLoop, act_at_every_step, cancel_at_every_step, run_in_virtual_time
 from penstock.threads.workers import Worker
 
@@ -352,7 +352,7 @@ async def test_total_time_runs_out_when_a_pause_comes_while_waiting() -> None:
     gate = Gate("g", limit=1, retry=Retry(timeout=5))
     first = asyncio.ensure_future(gate.call(Script(throttled(100), takes=1)))
     await asyncio.sleep(0)
-    with pytest.raises(AttemptTimeout, match=r"in 5 s, which is paused for another \d+\.\d s"):
+    with pytest.raises(AttemptTimeout, match=r"in 5 s: it is paused for another \d+\.\d s"):
         await gate.call(Script())
     with pytest.raises(HttpStatusError, match="429"):
         await first
@@ -634,17 +634,17 @@ def test_a_gate_serves_one_loop_at_a_time(busy: str) -> None:
 
 async def test_statistics_tell_what_happened_and_what_is_going_on() -> None:
     """Attempts by their end, retries among them, the latency of those that worked."""
-    gate = Gate("g", retry=Retry(wait=1))
+    gate = Gate("g", limit=20, retry=Retry(wait=1))
     await gate.call(Script(ConnectionError(), throttled(), takes=2))
     with pytest.raises(ValueError):
         await gate.call(Script(ValueError()))
     waiting = await start(lambda: gate.call(Script(takes=5)))
     seen = gate.statistics()[None]
-    assert (seen.limit, seen.in_flight, seen.waiting, seen.paused_for) == (DEFAULT_LIMIT, 1, 0, 0)
+    assert (seen.limit, seen.in_flight, seen.waiting, seen.paused_for) == (20, 1, 0, 0)
     assert (seen.attempts, seen.retries, seen.succeeded) == (5, 2, 1)
     assert seen.failed == {FailureKind.TRANSIENT: 1, FailureKind.THROTTLED: 1, FailureKind.PERMANENT: 1}
     assert (seen.latency.count, seen.latency.min) == (1, 2)
-    assert repr(gate) == "<Gate 'g' limit=128 keys=1 in_flight=1 waiting=0>"
+    assert repr(gate) == "<Gate 'g' limit=20 keys=1 in_flight=1 waiting=0>"
     await waiting
 
 

@@ -20,18 +20,21 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
 from penstock import clock
-from penstock.clients.blocking import DEFAULT_LIMIT, BlockingClient
+from penstock.clients.blocking import BlockingClient
 from penstock.errors import UsageError
+from penstock.gate.breaker import Breaker
+from penstock.gate.gate import DEFAULT_BREAKER, DEFAULT_LIMIT
+from penstock.gate.limiter import LimitRule
+from penstock.gate.rate import Rates
 from penstock.gate.retry import Retry
 from penstock.gate.server_hints import parse_retry_after
 from penstock.outcome import FailureKind
+from penstock.threads.workers import SHARED
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.config import Config
 
-LIMIT = DEFAULT_LIMIT
-"""Calls in flight. Arbitrary, because: each holds a thread, and boto3 keeps a core busy with little more."""
 TIMEOUT = 60.0
 """Seconds for one call. As botocore's own time-outs."""
 CONNECT_TIMEOUT = 5.0
@@ -76,9 +79,11 @@ def boto3_client(
     service: str,
     /,
     *,
-    limit: int = LIMIT,
+    limit: int | LimitRule = DEFAULT_LIMIT,
+    rate: Rates | None = None,
     timeout: float | None = TIMEOUT,
     retry: Retry | None = None,
+    breaker: Breaker | None = DEFAULT_BREAKER,
     session: "Session | None" = None,
     config: "Config | None" = None,
     **client_kwargs: Any,
@@ -91,8 +96,9 @@ def boto3_client(
 
     Nothing is opened here: that happens in a thread when the client is entered, and takes some 0.3 s the first time.
 
-    **Connections** are as many as `limit`, so that no thread finds the pool full. boto3's transfers (`upload_file`)
-    start up to ten threads of their own for a large file; `TransferConfig(use_threads=False)` forbids it.
+    **Connections** are as many as `limit`, or as there can be threads where that is measured, so that no thread finds
+    the pool full. boto3's transfers (`upload_file`) start up to ten threads of their own for a large file;
+    `TransferConfig(use_threads=False)` forbids it.
 
     **Retries** are the gate's: the SDK's own are switched off, since they multiply with ours and wait with a thread and
     a permit in hand. Only a `config` that says how many attempts it wants (`retries={"total_max_attempts": 3}`) gets
@@ -106,8 +112,10 @@ def boto3_client(
 
     Args:
         service: as in `boto3.client(service)`: `"s3"`, `"dynamodb"`.
-        limit: calls in flight at once; also threads, and connections.
+        limit: calls in flight at once; also threads, and connections. A number, or the rule by which it is measured.
+        rate: calls in a time; see `Rate`.
         timeout: seconds for one attempt; None for no limit.
+        breaker: when to leave the service alone; see `Breaker`.
         retry: the policy; see `Retry`. What is transient or throttled is said by `classify_aws`.
         session: a session of your own, used as it is. Nobody else may use it while the client is opened. None makes
             one for this client, which reads environment and files as boto3 always does.
@@ -132,15 +140,25 @@ def boto3_client(
     if config is not None:
         _check_config(config)
 
+    connections = limit if isinstance(limit, int) else SHARED.most
+
     def make() -> Any:
         import boto3.session
 
         own = boto3.session.Session() if session is None else session
         # The stubs know each service by its literal name only.
-        return cast("Any", own).client(service, config=_merged(config, limit, timeout), **client_kwargs)
+        return cast("Any", own).client(service, config=_merged(config, connections, timeout), **client_kwargs)
 
     return BlockingClient(
-        make, name=service, limit=limit, close=_close, classify=classify_aws, retry=retry, timeout=timeout
+        make,
+        name=service,
+        limit=limit,
+        rate=rate,
+        close=_close,
+        classify=classify_aws,
+        retry=retry,
+        breaker=breaker,
+        timeout=timeout,
     )
 
 

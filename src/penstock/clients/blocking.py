@@ -12,14 +12,17 @@ Threads: everything belongs to the loop thread, but for the factory, the calls a
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar
 
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.errors import AttemptTimeout, ClosedError, UsageError, WrongLoop, WrongThread, first_line
-from penstock.gate.gate import DEFAULT_TIMEOUT, Gate
+from penstock.gate.breaker import Breaker
+from penstock.gate.gate import DEFAULT_BREAKER, DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
 from penstock.gate.in_thread import CallInThread
+from penstock.gate.limiter import LimitRule
+from penstock.gate.rate import Rates, Weight, amounts
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics
 from penstock.outcome import FailureKind
@@ -36,9 +39,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("penstock.threads")
 
-DEFAULT_LIMIT = min(32, SHARED.most)
-"""Arbitrary, because: no fixed number fits an unknown service; the cap of the stdlib's own default of threads. Fewer
-where memory is too small for as many."""
 LEAST_TO_OPEN = 10.0
 """Seconds that an opening has, however short an attempt may be. Arbitrary, because: SDKs import and read much when they
 are made, boto3 for 0.3 s on an idle machine."""
@@ -56,7 +56,9 @@ class BlockingClient(Generic[C]):
     Args:
         factory: makes the client, in a thread.
         name: what it is called in errors and thread names; None is the factory's name.
-        limit: calls in flight at once, for each key, and so threads. The default is 32, or fewer in little memory.
+        limit: calls in flight at once, for each key, and so threads: a number, or the rule by which it is measured. The
+            default finds out, by the time that calls take in their threads.
+        rate: calls in a time, for each key; or several rates by name, of which a call takes what `weight` says.
         per_thread: make a client for each thread, for SDKs whose clients are not thread-safe. The threads are this
             client's own, and each closes its client.
         close: closes a client, in a thread; None calls its `close()` where it has one. An error of it is logged.
@@ -64,6 +66,7 @@ class BlockingClient(Generic[C]):
             `FailureKind` or its word, is kept as the error's `failure_kind`, where `penstock.classify` looks first. It
             runs on the loop. Where it raises or answers anything else, the SDK's error is raised as if it had not been
             asked, with a note of that, and the log has it once.
+        breaker: when to leave a service alone that fails; None for never.
         retry: the policy; None is `Retry()`. Only errors that are known to be throttled or transient are retried.
         timeout: seconds for one attempt, counted from when it has its thread; None for no limit. An attempt that takes
             longer cannot be stopped: it goes on and keeps its permit, also while the next attempt runs. Give the SDK a
@@ -71,6 +74,8 @@ class BlockingClient(Generic[C]):
             client has this time as well, but at least 10 s, then raises `AttemptTimeout`; what the factory makes later
             is closed.
         key: a function that is given the arguments of `call` or `run` and returns the service key.
+        weight: a function that is given the same and returns what the call takes of each rate; see `Gate`.
+        used: a function that is given the value of a call and returns what it really took; see `Gate`.
 
     Raises:
         UsageError: a value that cannot work.
@@ -81,13 +86,17 @@ class BlockingClient(Generic[C]):
         factory: Callable[[], C],
         *,
         name: str | None = None,
-        limit: int = DEFAULT_LIMIT,
+        limit: int | LimitRule = DEFAULT_LIMIT,
+        rate: Rates | None = None,
         per_thread: bool = False,
         close: Callable[[C], object] | None = None,
         classify: Callable[[Exception], FailureKind | str | None] | None = None,
+        breaker: Breaker | None = DEFAULT_BREAKER,
         retry: Retry | None = None,
         timeout: float | None = DEFAULT_TIMEOUT,
         key: Callable[..., Hashable] | None = None,
+        weight: Callable[..., Weight] | None = None,
+        used: Callable[[Any], Mapping[str, float] | None] | None = None,
     ) -> None:
         check_function(factory, "BlockingClient")
         if is_async(factory):
@@ -102,9 +111,14 @@ class BlockingClient(Generic[C]):
         if name is not None and not isinstance(name, str):
             raise UsageError(f"name={name!r:.100}: expected a string.")
         self.name = name_of(factory) if name is None else name
-        self._gate = Gate(self.name, limit=limit, retry=retry, timeout=timeout, key=key)
-        check_threads("limit", limit)
+        self._gate = Gate(
+            self.name, limit=limit, rate=rate, retry=retry, breaker=breaker, timeout=timeout, key=key, weight=weight,
+            used=used,
+        )  # fmt: skip
+        if isinstance(limit, int):
+            check_threads("limit", limit)
         self._key = key
+        self._weight = weight
         self._clients: _Clients[C]
         self._clients = _PerThread(factory, close) if per_thread else _Shared(factory, close)
         self._classify = None if classify is None else _Classifier(self.name, classify)
@@ -139,6 +153,7 @@ class BlockingClient(Generic[C]):
                 f"{self.name}: its factory {name_of(self._factory)} has made no client within {timeout:g} s "
                 f"(timeout of one attempt, at least {LEAST_TO_OPEN:g} s for the opening)"
             ) from error
+        self._gate.bound(SHARED.most)
         self._crossing = self._gate.crossing(self._clients.workers)
         return self
 
@@ -184,6 +199,35 @@ class BlockingClient(Generic[C]):
         if (error := closing.exception()) is not None:
             logger.error("%r could not be closed", self.name, exc_info=error)
 
+    @property
+    def limit(self) -> int | LimitRule:
+        """Calls in flight at once, for each key; see `Gate.limit`."""
+        return self._gate.limit
+
+    @limit.setter
+    def limit(self, limit: int | LimitRule) -> None:
+        if isinstance(limit, int):
+            check_threads("limit", limit)
+        self._gate.limit = limit
+
+    @property
+    def rate(self) -> Rates | None:
+        """Calls in a time, for each key; see `Gate.rate`."""
+        return self._gate.rate
+
+    @rate.setter
+    def rate(self, rate: Rates | None) -> None:
+        self._gate.rate = rate
+
+    @property
+    def breaker(self) -> Breaker | None:
+        """When to leave a service alone; see `Gate.breaker`."""
+        return self._gate.breaker
+
+    @breaker.setter
+    def breaker(self, breaker: Breaker | None) -> None:
+        self._gate.breaker = breaker
+
     async def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
         """Call `client.method(*args, **kwargs)` in a thread, through the gate, and return its value.
 
@@ -228,6 +272,7 @@ class BlockingClient(Generic[C]):
         trip = CallInThread(
             crossing, self._gate.service(key), label, work, (what, args, kwargs), {}, self._classify
         )  # fmt: skip
+        trip.weight = None if self._weight is None else amounts(self._weight(what, *args, **kwargs))
         return await self._gate.perform(trip, key)
 
     def _opened(self, label: str) -> Crossing:

@@ -23,7 +23,7 @@ from yarl import URL
 from penstock import clock
 from penstock.callables import is_async
 from penstock.clients.auth import FetchHeaders, Headers, RenewableAuth
-from penstock.clients.connector import connector_for
+from penstock.clients.connector import check_connections, connector_for, most_connections
 from penstock.clients.exchange import (
     IDEMPOTENT_METHODS,
     A,
@@ -31,12 +31,16 @@ from penstock.clients.exchange import (
     Settings,
     StreamedExchange,
     StreamedResponse,
+    TimedResponse,
     WholeExchange,
 )
 from penstock.clients.request import Body, Params, checked_base, encoded, is_ip_address, user_info, with_query, without
 from penstock.clients.response import JsonLoads, Response, masked, masked_text
 from penstock.errors import AttemptTimeout, ClosedError, HttpStatusError, RoundTripError, UsageError, WrongLoop
-from penstock.gate.gate import DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
+from penstock.gate.breaker import Breaker
+from penstock.gate.gate import DEFAULT_BREAKER, DEFAULT_LIMIT, DEFAULT_TIMEOUT, Gate
+from penstock.gate.limiter import LimitRule
+from penstock.gate.rate import Rates, Weight, amounts
 from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics, Service
 
@@ -72,11 +76,13 @@ class RequestOptions(TypedDict, total=False):
     data: Body
     headers: Headers | None
     idempotent: bool | None
+    weight: Weight | None
 
 
 _Parts: TypeAlias = tuple[
-    aiohttp.ClientSession, Settings, str, URL, Headers, bytes | None, RenewableAuth | None, bool, Hashable
-]
+    aiohttp.ClientSession, Settings, str, URL, Headers, bytes | None, RenewableAuth | None, bool, Hashable,
+    Mapping[str, float] | None,
+]  # fmt: skip
 
 
 class HttpClient:
@@ -87,7 +93,11 @@ class HttpClient:
 
     What is retried: GET, HEAD, PUT, DELETE and OPTIONS after connection trouble, time-outs and 408, 429, 502, 503, 504;
     POST and PATCH only when they were provably not sent, were answered with 429 or 503 with `Retry-After`, carry an
-    `Idempotency-Key` header, or are declared `idempotent=True`. `Retry-After` pauses the whole origin.
+    `Idempotency-Key` header, or are declared `idempotent=True`.
+
+    How many requests may be in flight is measured, for each origin, unless `limit` is a number. What a server says of
+    its rates (`Retry-After`, `RateLimit`, `X-RateLimit-*` and their relatives) is obeyed for the whole origin.
+    `limit`, `rate` and `breaker` can be read and set at any time.
 
     Args:
         base_url: what paths are appended to, with its scheme: `"https://host/v1"`. User info in it becomes an
@@ -101,8 +111,12 @@ class HttpClient:
         cookies: True keeps and sends cookies; they are shared by all jobs.
         connector: an aiohttp connector of your own, which you close; None makes a `TCPConnector`.
         json_loads: what parses JSON; gets the bytes of the body. `orjson.loads` is faster.
-        limit: requests in flight at once, for each origin.
+        limit: requests in flight at once, for each origin: a number, or the rule by which it is measured.
+        rate: requests in a time, for each origin; or several rates by name, of which a request takes its `weight`.
         retry: the policy; see `Retry`.
+        breaker: when to leave an origin alone that fails; None for never.
+        used: is given each `Response` that is returned, and returns what it really took of each rate, by name; see
+            `Gate`.
         key: gives the service key of a request from its method and URL; None is the origin.
 
     Raises:
@@ -120,8 +134,11 @@ class HttpClient:
         cookies: bool = False,
         connector: aiohttp.BaseConnector | None = None,
         json_loads: JsonLoads = json_module.loads,
-        limit: int = DEFAULT_LIMIT,
+        limit: int | LimitRule = DEFAULT_LIMIT,
+        rate: Rates | None = None,
         retry: Retry | None = None,
+        breaker: Breaker | None = DEFAULT_BREAKER,
+        used: Callable[[Response], Mapping[str, float] | None] | None = None,
         key: Callable[[str, URL], Hashable] | None = None,
     ) -> None:
         base = checked_base(base_url)
@@ -138,9 +155,11 @@ class HttpClient:
         self._auth = _renewable(auth)
         self._cookies = cookies
         self._connector = connector
-        self._limit = limit
         self._key = key
-        self._gate = Gate(masked(self._origin), limit=limit, retry=retry, timeout=timeout)
+        self._gate = Gate(
+            masked(self._origin), limit=limit, rate=rate, retry=retry, breaker=breaker, timeout=timeout,
+            used=None if used is None else _of_final_answers(used),
+        )  # fmt: skip
         self._targets: dict[str, _Target] = {}
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -154,8 +173,10 @@ class HttpClient:
         if self._session is not None:
             raise UsageError("this client has been opened before. Make a new HttpClient() for each `async with`.")
         self._loop = asyncio.get_running_loop()
+        self._gate.bound(most_connections(self._connector))
         self._session = aiohttp.ClientSession(
-            connector=connector_for(self._connector, self._limit),
+            connector=connector_for(self._connector, self._gate.limit),
+            response_class=TimedResponse,
             connector_owner=self._connector is None,
             cookie_jar=self._cookie_jar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
@@ -185,6 +206,35 @@ class HttpClient:
             if self._session is not None:
                 await self._session.close()
 
+    @property
+    def limit(self) -> int | LimitRule:
+        """Requests in flight at once, for each origin; see `Gate.limit`."""
+        return self._gate.limit
+
+    @limit.setter
+    def limit(self, limit: int | LimitRule) -> None:
+        if self._session is not None and isinstance(limit, int):
+            check_connections(self._connector, limit)
+        self._gate.limit = limit
+
+    @property
+    def rate(self) -> Rates | None:
+        """Requests in a time, for each origin; see `Gate.rate`."""
+        return self._gate.rate
+
+    @rate.setter
+    def rate(self, rate: Rates | None) -> None:
+        self._gate.rate = rate
+
+    @property
+    def breaker(self) -> Breaker | None:
+        """When to leave an origin alone; see `Gate.breaker`."""
+        return self._gate.breaker
+
+    @breaker.setter
+    def breaker(self, breaker: Breaker | None) -> None:
+        self._gate.breaker = breaker
+
     async def request(
         self,
         method: str,
@@ -195,6 +245,7 @@ class HttpClient:
         data: Body = None,
         headers: Headers | None = None,
         idempotent: bool | None = None,
+        weight: Weight | None = None,
     ) -> Response:
         """Do one round trip and return the answer, read fully.
 
@@ -206,6 +257,7 @@ class HttpClient:
             data: a body as bytes or text, or a mapping, written as a form.
             headers: for this request.
             idempotent: whether sending it twice does no harm; None goes by the method and an `Idempotency-Key` header.
+            weight: what it takes of each rate: a number of requests, or amounts by name; None is one request.
 
         **Cancellation**: the request is given up and its connection closed. **Threads**: loop thread only.
 
@@ -216,7 +268,7 @@ class HttpClient:
             AttemptTimeout: no answer in time.
             ClosedError, WrongLoop: the client is not open, or was opened on another loop.
         """
-        exchange = WholeExchange(*self._request(method, path, params, json, data, headers, idempotent))
+        exchange = WholeExchange(*self._request(method, path, params, json, data, headers, idempotent, weight))
         response, service = await self._send(exchange)
         service.give_back()
         return response
@@ -232,19 +284,21 @@ class HttpClient:
         data: Body = None,
         headers: Headers | None = None,
         idempotent: bool | None = None,
+        weight: Weight | None = None,
     ) -> AsyncIterator[StreamedResponse]:
         """Do one round trip and read a large answer in pieces: `async with api.stream("GET", "/dump") as answer:`.
 
         It is retried until the headers have arrived. The block holds a permit and a connection. Everything else is as
         for `request`.
         """
-        exchange = StreamedExchange(*self._request(method, path, params, json, data, headers, idempotent))
+        exchange = StreamedExchange(*self._request(method, path, params, json, data, headers, idempotent, weight))
         response, service = await self._send(exchange)
+        service.leave_behind()  # the attempt is over, and takes no probe's place
         try:
             yield response
         finally:
             response.close()
-            service.give_back()
+            service.come_back()
 
     async def get(self, path: str, **how: Unpack[RequestOptions]) -> Response:
         """GET; options as for `request`."""
@@ -295,6 +349,7 @@ class HttpClient:
         data: Body,
         headers: Headers | None,
         idempotent: bool | None,
+        weight: Weight | None,
     ) -> _Parts:
         """Everything that an exchange is made of."""
         session = self._opened()
@@ -310,7 +365,8 @@ class HttpClient:
             idempotent = method in IDEMPOTENT_METHODS or "Idempotency-Key" in sent
         url = with_query(target.url, params) if params else target.url
         key = target.origin if self._key is None else self._key(method, url)
-        return session, self, method, url, sent, body, self._auth if target.at_home else None, idempotent, key
+        auth = self._auth if target.at_home else None
+        return session, self, method, url, sent, body, auth, idempotent, key, amounts(weight)
 
     async def _send(self, exchange: Exchange[A]) -> tuple[A, Service]:
         """Send until there is a final answer; the permit that goes with it is still held."""
@@ -329,7 +385,7 @@ class HttpClient:
                 renewed = True
                 await self._renew(exchange, exchange.auth, exchange.generation, asked)
                 continue
-            if response.status not in _REDIRECTS or "Location" not in response.headers:
+            if not _leads_on(response):
                 return response, service
             exchange.discard(response)
             service.give_back()
@@ -365,9 +421,9 @@ class HttpClient:
             exchange.method = "HEAD" if exchange.method == "HEAD" else "GET"
             exchange.body = None
             exchange.idempotent = True
-            exchange.headers = without(exchange.headers, lambda name: name == "content-type")
+            exchange.sent_headers = without(exchange.sent_headers, lambda name: name == "content-type")
         if url.origin() != exchange.url.origin():
-            exchange.headers = without(exchange.headers, lambda name: name not in _HARMLESS)
+            exchange.sent_headers = without(exchange.sent_headers, lambda name: name not in _HARMLESS)
             exchange.auth = None
         exchange.url = url
         exchange.key = masked(url.origin()) if self._key is None else self._key(exchange.method, url)
@@ -396,6 +452,17 @@ class HttpClient:
                 "Open one on each loop, and use it only there."
             )
         return self._session
+
+
+def _leads_on(response: Response | StreamedResponse) -> bool:
+    return response.status in _REDIRECTS and "Location" in response.headers
+
+
+def _of_final_answers(
+    used: Callable[[Response], Mapping[str, float] | None],
+) -> Callable[[Any], Mapping[str, float] | None]:
+    """Ask only of what the user of the client sees as a `Response`: neither of a redirect nor of a stream."""
+    return lambda answer: used(answer) if isinstance(answer, Response) and not _leads_on(answer) else None
 
 
 def _renewable(auth: Headers | FetchHeaders | None) -> RenewableAuth | None:

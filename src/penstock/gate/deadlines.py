@@ -7,7 +7,8 @@ have the same time, so their deadlines come in the order in which they start, an
     start: append the deadline    end: remove it    timer: cancel the tasks that are late, wait for the next oldest
 
 Guarantees, as of `asyncio.timeout`: a task is cancelled at its deadline, its count of cancellations is put back, and a
-cancellation from elsewhere is never taken for ours. While nothing is in flight there is no timer. Loop thread only.
+cancellation from elsewhere is never taken for ours. When nothing is in flight any more, the timer runs out once: to
+cancel it and to set it anew for each lone attempt would cost as much as the rest of a guarded call. Loop thread only.
 """
 
 import asyncio
@@ -58,9 +59,6 @@ class Deadlines:
             deadline.task.uncancel()
             return
         del self._pending[deadline]
-        if not self._pending and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def _expire(self) -> None:
         self._timer = None

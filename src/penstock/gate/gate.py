@@ -1,15 +1,18 @@
-"""The gate in front of a service: permits, retries, time-outs, one queue per service key.
+"""The gate in front of a service: permits, rates, retries, time-outs, a breaker, one queue per service key.
 
 The way of one round trip:
 
-    call -> [queue of the key: permit] -> attempt, under its timeout -> permit back -> value
-                 ^                            | failed
-                 |                            v
-                 +---- due again <---- back-off, holding nothing <---- policy: may it be repeated?
+    call -> [queue of the key] -> permit, tokens, thread -> attempt, under its timeout -> permit back -> value
+              ^  ^    at its head, in one look: breaker . pause . rate . in flight < limit . a thread
+              |  |                                             | failed
+              |  |                                             v
+              |  +-- due again, before fresh work <-- back-off, holding nothing <-- policy: may it be repeated?
+              +----- behind fresh work <-- wait until affordable <-- budget: no <--------+
 
 Guarantees: a permit is held while an attempt runs and at no other time (for `permit()` and `begin()`: until it is
-given back); a server's `Retry-After` pauses the whole key, not just the call that heard it; `CancelledError` is never
-retried, swallowed or turned into anything else; the last error is raised as it came, with its attempts as a note.
+given back); what a server says of its rates counts for the whole key, not just for the call that heard it;
+`CancelledError` is never retried, swallowed or turned into anything else; the last error is raised as it came, with its
+attempts as a note.
 
 Everything here belongs to the loop thread.
 """
@@ -18,20 +21,28 @@ import asyncio
 import logging
 import random
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable
-from types import TracebackType
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, overload
 
+from penstock import clock
 from penstock.callables import check_function, is_async, name_of, refuse_coroutine
 from penstock.context import RunningJob, current_job
-from penstock.errors import AttemptTimeout, UsageError, WrongLoop, first_line
+from penstock.errors import AttemptTimeout, CircuitOpen, UsageError, WrongLoop, first_line
+from penstock.gate.adaptive import Adaptive
+from penstock.gate.breaker import Breaker
+from penstock.gate.budget import RETRY_COST, THROTTLED_RETRY_COST
 from penstock.gate.deadlines import Deadlines
+from penstock.gate.guard import Guard, guard_of
 from penstock.gate.in_thread import CallInThread
+from penstock.gate.limiter import LimitRule
+from penstock.gate.permit import Permit
+from penstock.gate.rate import Rates, Weight, amounts, checked_rates
 from penstock.gate.retry import Retry, RetryPolicy, check_timeout
 from penstock.gate.round_trip import RoundTrip
-from penstock.gate.server_hints import hint_of
-from penstock.gate.service import KeyStatistics, Service
-from penstock.outcome import FailureKind, classify
+from penstock.gate.server_hints import REQUESTS, ServerHints, hint_of, hints_of
+from penstock.gate.service import PROCESSING, KeyStatistics, Rules, Service, Tag
+from penstock.outcome import FailureKind, classify, provably_unsent
 from penstock.threads.backlog import tell_of_backlog
 from penstock.threads.crossing import Crossing
 from penstock.threads.workers import SHARED, Workers
@@ -40,14 +51,17 @@ logger = logging.getLogger("penstock.gate")
 
 T = TypeVar("T")
 
-DEFAULT_LIMIT = 128
-"""Arbitrary, because: no fixed number fits an unknown service. 128 keeps one loop busy at 50 ms a round trip."""
 DEFAULT_TIMEOUT = 60.0
 """Seconds. Arbitrary, because: longer than a sound service takes, shorter than a person's patience."""
 MOST_IDLE_KEYS = 1_024
 """Arbitrary, because: it bounds memory when keys come and go; a key in use is never dropped."""
+DEFAULT_LIMIT = Adaptive()
+"""Measured: no fixed number fits an unknown service."""
+DEFAULT_BREAKER = Breaker()
 WORTH_TELLING = 5.0
 """Seconds of a pause that is logged. Arbitrary, because: a person begins to wonder."""
+JUST_NOW = 0.001
+"""Seconds. Arbitrary, because: longer than the way into the queue, and nobody minds a deadline that is so much late."""
 LONGEST_PILE = 0.02
 """Seconds of processing that an answer may find before it: the queue delay at which Finagle's filter rejects."""
 HINT_JITTER = 0.1
@@ -55,20 +69,30 @@ HINT_JITTER = 0.1
 
 
 class Gate:
-    """Guards calls to a service: caps what is in flight, retries what may be retried, gives each attempt its time.
+    """Guards calls to a service: finds out how many it can take, keeps its rates, retries, gives each attempt its time.
 
     A gate is cheap, needs no opening or closing, and may be shared by all jobs of one event loop.
 
-        gate = Gate("geocoder", limit=20, retry=Retry(attempts=4), timeout=5.0)
+        gate = Gate("geocoder", rate=Rate(50, per=1.0), retry=Retry(attempts=4), timeout=5.0)
         place = await gate.call(geocode, address)
+
+    All of what follows holds for each key on its own. `limit`, `rate` and `breaker` can be read and set at any time.
 
     Args:
         name: what it is called in errors and statistics.
-        limit: round trips in flight at once, for each key.
+        limit: round trips in flight at once: a number, or the rule by which it is measured. The default finds out.
+        rate: starts in a time; a `Rate` for requests, or several by name, such as
+            `{"requests": Rate(500, per=60), "tokens": Rate(90_000, per=60)}`. What a server tells of its own rates is
+            obeyed with and without it.
         retry: the policy; `Retry(attempts=1)` for none.
+        breaker: when to leave a service alone that fails; None for never.
         timeout: seconds for one attempt, counted from its admission; None for no limit.
         key: a function that is given the arguments of `call` and returns the service key (any hashable). Each key
-            has a queue, a limit and pauses of its own. None: one key for all calls.
+            has a queue, limits and pauses of its own. None: one key for all calls.
+        weight: a function that is given the arguments of `call` and returns what the call takes of each rate: a number
+            of requests, or amounts by name. None: one request.
+        used: a function that is given the value of a call and returns what it really took, by name. What was taken
+            beyond that is given back, what was not taken is taken then. None: what `weight` says.
 
     Raises:
         UsageError: a value that cannot work.
@@ -78,26 +102,38 @@ class Gate:
         self,
         name: str,
         *,
-        limit: int = DEFAULT_LIMIT,
+        limit: int | LimitRule = DEFAULT_LIMIT,
+        rate: Rates | None = None,
         retry: Retry | None = None,
+        breaker: Breaker | None = DEFAULT_BREAKER,
         timeout: float | None = DEFAULT_TIMEOUT,
         key: Callable[..., Hashable] | None = None,
+        weight: Callable[..., Weight] | None = None,
+        used: Callable[[Any], Mapping[str, float] | None] | None = None,
     ) -> None:
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise UsageError(f"limit={limit!r}: expected a whole number of at least 1 (round trips in flight).")
         check_timeout(f"timeout={timeout!r}", timeout)
-        if retry is not None and not isinstance(retry, Retry):
-            raise UsageError(f"retry={retry!r}: expected a policy. Write retry=Retry(attempts=3).")
-        if key is not None and not callable(key):
-            raise UsageError(f"key={key!r}: expected a function that is given the arguments and returns the key.")
+        _check_function("key", key, "the arguments and returns the key")
+        _check_function("weight", weight, "the arguments and returns what the call takes of each rate")
+        _check_function("used", used, "the value and returns what the call took of each rate")
         self.name = name
-        self.limit = limit
-        self.retry = Retry() if retry is None else retry
+        self._retry = _checked_retry(retry)
+        self._rules = Rules(
+            limit=_checked_limit(limit),
+            rate=checked_rates(rate),
+            breaker=_checked_breaker(breaker),
+            budget=self._retry.budget,
+        )
         self._timeout = timeout
         self._key = key
-        self._policy = RetryPolicy(self.retry)
+        self._weight = weight
+        self._used = used
+        self._policy = RetryPolicy(self._retry)
+        self._rng = random.Random(random.getrandbits(64))
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._guard: Guard | None = None
         self._deadlines: Deadlines | None = None
+        self._waits: Deadlines | None = None
+        """The ends of `Retry(timeout=)` of those who wait for their first attempt."""
         self._services: OrderedDict[Hashable, Service] = OrderedDict()
         self._crossing: Crossing | None = None
 
@@ -105,6 +141,63 @@ class Gate:
         in_flight = sum(service.in_flight for service in self._services.values())
         waiting = sum(service.waiting for service in self._services.values())
         return f"<Gate {self.name!r} limit={self.limit} keys={len(self._services)} {in_flight=} {waiting=}>"
+
+    @property
+    def limit(self) -> int | LimitRule:
+        """Round trips in flight at once, for each key: a number, or the rule by which it is measured.
+
+        Set it at any time, on the loop thread: a larger number lets through at once, a smaller one as permits come
+        back; a rule begins to measure anew.
+        """
+        return self._rules.limit
+
+    @limit.setter
+    def limit(self, limit: int | LimitRule) -> None:
+        self._rules = replace(self._rules, limit=_checked_limit(limit))
+        for service in self._services.values():
+            service.set_limit(limit)
+
+    @property
+    def rate(self) -> Rates | None:
+        """Starts in a time. Set it at any time, on the loop thread; what a server has told stays."""
+        return self._rules.rate
+
+    @rate.setter
+    def rate(self, rate: Rates | None) -> None:
+        self._rules = replace(self._rules, rate=checked_rates(rate))
+        for service in self._services.values():
+            service.set_rate(rate)
+
+    @property
+    def breaker(self) -> Breaker | None:
+        """When to leave a service alone. Set it at any time, on the loop thread: one that is open closes."""
+        return self._rules.breaker
+
+    @breaker.setter
+    def breaker(self, breaker: Breaker | None) -> None:
+        self._rules = replace(self._rules, breaker=_checked_breaker(breaker))
+        for service in self._services.values():
+            service.set_breaker(breaker)
+
+    @property
+    def retry(self) -> Retry:
+        """The policy. Set it at any time, on the loop thread; calls that are under way go by it
+        from their next attempt on, within the time that they had."""
+        return self._retry
+
+    @retry.setter
+    def retry(self, retry: Retry | None) -> None:
+        self._retry = _checked_retry(retry)
+        self._policy = RetryPolicy(self._retry)
+        self._rules = replace(self._rules, budget=self._retry.budget)
+        if self._loop is not None:
+            self._waits = None if self._retry.timeout is None else Deadlines(self._loop, self._retry.timeout)
+        for service in self._services.values():
+            service.set_budget(self._retry.budget)
+
+    def bound(self, most: int) -> None:
+        """Measure no limit beyond `most` for keys that are still to come. For clients: they know what they can carry."""
+        self._rules = replace(self._rules, most=most)
 
     @overload
     async def call(self, fn: Callable[..., Awaitable[T]], /, *args: Any, **kwargs: Any) -> T: ...
@@ -129,21 +222,34 @@ class Gate:
         """
         check_function(fn, "gate.call")
         key = None if self._key is None else self._key(*args, **kwargs)
-        if is_async(fn):
-            return await self.perform(_AsyncCall(fn, args, kwargs), key)
+        weight = None if self._weight is None else amounts(self._weight(*args, **kwargs))
         service = self.service(key)
-        trip = CallInThread(self.crossing(), service, name_of(fn), fn, args, kwargs)
+        trip: RoundTrip[Any]
+        if is_async(fn):
+            trip = _AsyncCall(fn, args, kwargs)
+        else:
+            trip = CallInThread(self.crossing(), service, name_of(fn), fn, args, kwargs)
+        trip.weight = weight
         return await self.perform(trip, key)
 
-    def permit(self, *, key: Hashable = None) -> "_Permit":
-        """A permit for a round trip that you do yourself: `async with gate.permit(): ...`.
+    def permit(self, *, key: Hashable = None, weight: Weight | None = None) -> Permit:
+        """A permit for a round trip that you do yourself: `async with gate.permit() as permit: ...`.
 
-        Waits in the key's queue and holds the permit until the block is left. No retry, no timeout. A job that takes a
-        second permit of the same key while it holds one may wait for itself.
+        Waits in the key's queue and holds the permit until the block is left; how it is left tells how the round trip
+        went: see `Permit`. No retry, no timeout. A job that takes a second permit of the same key while it holds one
+        may wait for itself.
+
+        Args:
+            key: the service key.
+            weight: what it takes of each rate: a number of requests, or amounts by name.
 
         **Cancellation**: gives the permit, or the place in the queue, back. **Threads**: loop thread only.
+
+        Raises:
+            UsageError: `weight` can never fit.
+            CircuitOpen: on entering: the breaker is open, and to fail fast.
         """
-        return _Permit(self, key)
+        return Permit(self, key, amounts(weight))
 
     def statistics(self) -> dict[Hashable, KeyStatistics]:
         """What is going on, by service key. Any thread, though only the loop thread sees numbers of one moment."""
@@ -166,9 +272,18 @@ class Gate:
         held = False
         for service in self._services.values():
             late = pile > service.latency.mean + LONGEST_PILE
-            service.hold_back(late)
+            service.hold_back(PROCESSING, late)
             held |= late
         return held
+
+    def beat(self, share: float, lag: float, lagging: bool) -> None:
+        """The loop's heartbeat: what share of its limits it can carry, and how late it was. For the guard alone."""
+        for service in self._services.values():
+            service.beat(share, lag, lagging)
+
+    def total_limit(self) -> int:
+        """Round trips that the services in use can take at once, whatever the loop can carry."""
+        return sum(service.unshared for service in self._services.values() if not service.idle)
 
     def service(self, key: Hashable) -> Service:
         """The queue of a service key, made at first use."""
@@ -191,20 +306,28 @@ class Gate:
         `asked`: when it was first asked for, on the loop's clock, if it is the continuation of an earlier round trip.
         """
         job = current_job()
+        guard = self._guard
+        assert guard is not None, "service() has bound the loop"
         now = service.now
         if asked is None:
             asked = now()
-        deadline = None if self._policy.timeout is None else asked + self._policy.timeout
+        if trip.weight is not None:
+            service.refuse_what_never_fits(trip.weight)
+        policy = self._policy
+        deadline = None if policy.timeout is None else asked + policy.timeout
         history: list[str] = []
+        cost = 0.0
+        in_turn = False
         while True:
-            if not service.take_nowait(trip.needs):
-                await self._wait_for_permit(trip, service, job, deadline, history)
+            if service.refuses or not service.take_nowait(trip.needs, trip.weight):
+                await self._wait_for_permit(trip, service, job, deadline, history, again=in_turn)
             started = now()
             if deadline is not None and started >= deadline:
                 trip.over(service)
                 raise self._too_late(trip, "the attempt could not start in time", history)
-            service.attempts += 1
-            service.retries += bool(history)
+            tag = service.start(started, bool(history))
+            if guard.quiet:
+                guard.stir()
             if job is not None:
                 job.attempts += 1
             try:
@@ -212,44 +335,89 @@ class Gate:
             except Exception as error:  # noqa: BLE001  # raised again below unless it is retried
                 failure = error
             except BaseException:
+                service.end_ignored(tag)
                 trip.over(service)
                 raise
             else:
-                service.count_success(now() - started)
+                service.end_well(tag, started, trip.rtt, cost)
+                if trip.headers is not None:
+                    self._learn(service, trip.headers, tag)
+                if self._used is not None:
+                    self._settle(trip, service, value, self._used)
                 return value
             try:
-                service.count_failure(failure)
                 history.append(f"attempt {len(history) + 1} took {now() - started:.3f} s: {first_line(failure)}")
-                back_off = self._back_off(trip, service, failure, history, asked, deadline)
+                hint = hint_of(failure)
+                hints = None if trip.headers is None else self._learn(service, trip.headers, tag)
+                service.end_badly(tag, failure, trip.rtt, hint, hinted=hints is not None)
+                back_off = self._back_off(trip, service, failure, hint, history, asked, deadline)
+                self.refund(service, trip.weight, failure)
                 if back_off is None:
                     raise failure
+                cheap = hint is not None and classify(failure) is FailureKind.THROTTLED
+                cost = THROTTLED_RETRY_COST if cheap else RETRY_COST
+                in_turn = service.may_repeat(cost)
             finally:
+                trip.rtt = trip.headers = None
                 trip.over(service)  # after a pause was noted, or the next in line would slip through before it
                 del failure  # its traceback holds this frame: a cycle that would keep the job's data alive
-            await _sleep(back_off, service, job)
+            await self._sleep(trip, service, job, back_off, None if in_turn else cost, deadline, history)
+
+    def stir(self) -> None:
+        """A round trip begins that `begin` does not know."""
+        assert self._guard is not None, "service() has bound the loop"
+        self._guard.stir()
+
+    def obey(self, service: Service, failure: BaseException, hint: float | None, *, refused: bool) -> None:
+        """Pause the key if the server asks for that. Others are about to call it too, also when this call is over."""
+        if hint is not None and (not refused or classify(failure) is FailureKind.THROTTLED):
+            self._pause(service, hint * (1.0 + self._rng.uniform(0.0, HINT_JITTER)))
+
+    def refund(self, service: Service, weight: Mapping[str, float] | None, failure: BaseException) -> None:
+        """What was refused, or never left, has used nothing but its request; and that was not seen if it never left."""
+        if service.tokens is None:
+            return
+        if provably_unsent(failure):
+            service.settle(weight, dict.fromkeys([REQUESTS, *(weight or ())], 0.0))
+        elif weight is not None and classify(failure) is FailureKind.THROTTLED:
+            service.settle(weight, {name: 0.0 for name in weight if name != REQUESTS})
+
+    def _learn(self, service: Service, headers: Mapping[str, str], tag: Tag) -> ServerHints | None:
+        hints = hints_of(headers, now=clock.wall())
+        if hints is not None:
+            service.learn(hints, tag)
+        return hints
+
+    def _settle(
+        self, trip: RoundTrip[Any], service: Service, value: Any, used: Callable[[Any], Mapping[str, float] | None]
+    ) -> None:
+        try:
+            if (amount := used(value)) is not None:
+                service.settle(trip.weight, amount)
+        except BaseException:
+            trip.over(service)
+            raise
 
     def _back_off(
         self,
         trip: RoundTrip[Any],
         service: Service,
         failure: Exception,
+        hint: float | None,
         history: list[str],
         asked: float,
         deadline: float | None,
     ) -> float | None:
         """Seconds until the next attempt may ask for a permit; None, with a note on `failure`, if there is to be none.
 
-        A server that asks for less pauses the key even so: others are about to call it too. The pause is not slept
-        off here but waited for in the key's queue, so that at its end the retries come before fresh work.
+        A server that asks for less pauses the key even so. The pause is not slept off here but waited for in the key's
+        queue, so that at its end the retries come before fresh work.
         """
         now = service.now()
         decision = self._policy.decide(failure, len(history), asked, now)
         if not isinstance(decision, str) and not trip.repeatable(failure):
             decision = "it may have been carried out, and is not declared idempotent"
-        refused = isinstance(decision, str)
-        hint = hint_of(failure)
-        if hint is not None and (not refused or classify(failure) is FailureKind.THROTTLED):
-            self._pause(service, hint * (1.0 + random.uniform(0.0, HINT_JITTER)))
+        self.obey(service, failure, hint, refused=isinstance(decision, str))
         if not isinstance(decision, str):
             starts_in = max(decision, service.paused_for)
             if deadline is None or now + starts_in < deadline:
@@ -267,8 +435,13 @@ class Gate:
 
     def _too_late(self, trip: RoundTrip[Any], what: str, history: list[str]) -> AttemptTimeout:
         late = AttemptTimeout(f"{trip}: {what}")
-        self._annotate(late, f"Retry(timeout={self._policy.timeout:g}) was over", history)
+        self._annotate(late, f"{self._total} was over", history)
         return late
+
+    @property
+    def _total(self) -> str:
+        timeout = self._policy.timeout  # None if the policy has been exchanged meanwhile
+        return "Retry(timeout=)" if timeout is None else f"Retry(timeout={timeout:g})"
 
     def _annotate(self, error: Exception, why: str, history: list[str]) -> None:
         """Attach the account of all attempts, in the place of an earlier one: an exception may be raised many times."""
@@ -302,9 +475,7 @@ class Gate:
         except TimeoutError as error:
             if not scope.expired():
                 raise
-            raise AttemptTimeout(
-                f"{trip}: no answer before the end of Retry(timeout={self._policy.timeout:g})"
-            ) from error
+            raise AttemptTimeout(f"{trip}: no answer before the end of {self._total}") from error
 
     async def _wait_for_permit(
         self,
@@ -313,19 +484,28 @@ class Gate:
         job: RunningJob | None,
         deadline: float | None,
         history: list[str],
+        *,
+        again: bool,
     ) -> None:
         asked = service.now()
         if deadline is not None and asked + service.paused_for >= deadline:
             raise self._too_late(trip, f"gate {self.name!r} is paused for {service.paused_for:.1f} s", history)
         try:
-            async with asyncio.timeout_at(deadline):
-                await trip.wait(service, again=bool(history))
+            if service.refuses:
+                raise service.circuit_open()
+            if deadline is None or self._waits is None or abs(asked + self._waits.timeout - deadline) > JUST_NOW:
+                async with asyncio.timeout_at(deadline):
+                    await trip.wait(service, again=again)
+            else:
+                await self._first_wait(trip, service, self._waits, deadline)
         except TimeoutError as error:
-            paused = f", which is paused for another {service.paused_for:.1f} s" if service.paused_for else ""
-            reason = trip.why_waiting(service)
-            why = f": {reason}" if reason else paused
+            reason = trip.why_waiting(service) or service.why_waiting()
+            why = f": {reason}" if reason else ""
             what = f"got no permit of gate {self.name!r} in {service.now() - asked:g} s{why}"
             raise self._too_late(trip, what, history) from error
+        except CircuitOpen as error:
+            self._annotate(error, "it was not sent", history)
+            raise
         except asyncio.CancelledError as error:
             if reason := trip.why_waiting(service):
                 error.add_note(reason)
@@ -334,11 +514,53 @@ class Gate:
             if job is not None:
                 job.waited += service.now() - asked
 
+    async def _first_wait(self, trip: RoundTrip[Any], service: Service, waits: Deadlines, deadline: float) -> None:
+        """Wait until `deadline`, on the timer that all share who have just begun to ask, so that theirs come in order.
+
+        Raises:
+            TimeoutError: it has come.
+        """
+        own = waits.start(deadline - waits.timeout)
+        try:
+            await trip.wait(service, again=False)
+        except asyncio.CancelledError as error:
+            if own.has_cancelled:
+                raise TimeoutError from error
+            raise
+        finally:
+            waits.end(own)
+
+    async def _sleep(
+        self,
+        trip: RoundTrip[Any],
+        service: Service,
+        job: RunningJob | None,
+        duration: float,
+        cost: float | None,
+        deadline: float | None,
+        history: list[str],
+    ) -> None:
+        """Back off, and then wait until the retry budget can afford `cost`, unless that is None."""
+        started = service.now()
+        service.backing_off += 1
+        try:
+            await asyncio.sleep(duration)
+            if cost is not None:
+                async with asyncio.timeout_at(deadline):
+                    await service.afford(cost)
+        except TimeoutError as error:
+            what = f"the retry budget of gate {self.name!r} had no room in {service.now() - started:g} s"
+            raise self._too_late(trip, what, history) from error
+        finally:
+            service.backing_off -= 1
+            if job is not None:
+                job.waited += service.now() - started
+
     def _add(self, key: Hashable) -> Service:
         assert self._loop is not None, "service() has bound the loop"
         if len(self._services) >= MOST_IDLE_KEYS:
             self._drop_idle_keys()
-        service = self._services[key] = Service(self._loop, self.limit)
+        service = self._services[key] = Service(self._loop, self.name, self._rules, self._rng)
         return service
 
     def _drop_idle_keys(self) -> None:
@@ -355,11 +577,43 @@ class Gate:
                 f"gate {self.name!r} is in use on another event loop. A gate serves one loop at a time: "
                 f"make one gate for each loop, or finish there first."
             )
+        if self._guard is not None:
+            self._guard.remove(self)
         self._loop = loop
         self._deadlines = None if self._timeout is None else Deadlines(loop, self._timeout)
+        self._waits = None if self._retry.timeout is None else Deadlines(loop, self._retry.timeout)
         self._services.clear()
         self._crossing = None
+        self._guard = guard_of(loop)
+        self._guard.add(self)
         tell_of_backlog(loop, self)
+
+
+def _checked_limit(limit: int | LimitRule) -> int | LimitRule:
+    number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
+    if not number and not callable(getattr(limit, "limiter", None)):
+        raise UsageError(
+            f"limit={limit!r}: expected a whole number of at least 1 (round trips in flight), or a rule that measures "
+            f"it, such as Adaptive()."
+        )
+    return limit
+
+
+def _checked_retry(retry: Retry | None) -> Retry:
+    if retry is not None and not isinstance(retry, Retry):
+        raise UsageError(f"retry={retry!r}: expected a policy. Write retry=Retry(attempts=3).")
+    return Retry() if retry is None else retry
+
+
+def _checked_breaker(breaker: Breaker | None) -> Breaker | None:
+    if breaker is not None and not isinstance(breaker, Breaker):
+        raise UsageError(f"breaker={breaker!r}: expected a Breaker(), or None for none.")
+    return breaker
+
+
+def _check_function(name: str, function: object, is_given: str) -> None:
+    if function is not None and (not callable(function) or is_async(function)):
+        raise UsageError(f"{name}={function!r}: expected a function that is given {is_given}.")
 
 
 class _AsyncCall(RoundTrip[Any]):
@@ -382,49 +636,3 @@ class _AsyncCall(RoundTrip[Any]):
 
     def __str__(self) -> str:
         return name_of(self.fn)
-
-
-class _Permit:
-    """What `Gate.permit` returns: an async context manager for one permit."""
-
-    __slots__ = ("_gate", "_key", "_service")
-
-    def __init__(self, gate: Gate, key: Hashable) -> None:
-        self._gate = gate
-        self._key = key
-        self._service: Service | None = None
-
-    async def __aenter__(self) -> None:
-        if self._service is not None:
-            raise UsageError("this permit is already in use. Call gate.permit() once for each `async with`.")
-        service = self._service = self._gate.service(self._key)
-        if service.take_nowait():
-            return
-        job = current_job()
-        asked = service.now()
-        try:
-            await service.take()
-        except BaseException:
-            self._service = None
-            raise
-        finally:
-            if job is not None:
-                job.waited += service.now() - asked
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        assert self._service is not None, "entered before it is left"
-        service, self._service = self._service, None
-        service.give_back()
-
-
-async def _sleep(duration: float, service: Service, job: RunningJob | None) -> None:
-    started = service.now()
-    service.backing_off += 1
-    try:
-        await asyncio.sleep(duration)
-    finally:
-        service.backing_off -= 1
-        if job is not None:
-            job.waited += service.now() - started

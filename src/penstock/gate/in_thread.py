@@ -7,6 +7,7 @@ A call that a thread waits for (`penstock.from_thread`) may run on the permit of
 same service key: without that, it would wait for itself. Loop thread only.
 """
 
+import asyncio
 import contextvars
 from collections.abc import Callable
 from typing import Any
@@ -70,6 +71,7 @@ class CallInThread(RoundTrip[Any]):
             call.leave()
             self._crossing.tell_once(self.why_waiting(self._service), self._service.limit)
             raise
+        self.rtt = call.ended - call.began
         refuse_coroutine(value, self)
         return value
 
@@ -83,13 +85,29 @@ class CallInThread(RoundTrip[Any]):
         lent = loans(service, contextvars.copy_context())
         if not lent:
             self._refuse_to_wait_for_a_thread(service)
-            await service.take(again=again, needs=self.needs)
+            await service.take(again=again, needs=self.needs, weight=self.weight)
             return
         while True:
-            self._held = await take_first(self._crossing.loop, service, *lent, again=again, needs=self.needs)
-            if self._held.limit:
+            self._held = await take_first(
+                self._crossing.loop, service, *lent, again=again, needs=self.needs, weight=self.weight
+            )
+            if self._held is service:
                 return
-            self._held.give_back()  # its thread went on in this very turn, and lends nothing any more
+            await self._wait_on_loan(service, self._held)
+            if self._held.limit:
+                service.spend(self.weight)
+                return
+            self._held.give_back()  # its thread went on meanwhile, and lends nothing any more
+
+    async def _wait_on_loan(self, service: Service, loan: PermitQueue) -> None:
+        """The place is lent; rates, pauses and the breaker are not."""
+        try:
+            while loan.limit and (delay := service.delay_on_loan(self.weight)) > 0:  # noqa: ASYNC110  # it is time that is waited for
+                await asyncio.sleep(delay)
+        except BaseException:
+            self._held = service
+            loan.give_back()
+            raise
 
     def _refuse_to_wait_for_a_thread(self, service: Service) -> None:
         """A thread waits for this call, and so do all others that there are: none of them will ever be free."""
@@ -104,6 +122,9 @@ class CallInThread(RoundTrip[Any]):
         held, self._held = self._held, service
         if call is not None and not call.over:
             call.give_back = held.give_back
+            if held is service:
+                service.leave_behind()
+                call.give_back = service.come_back
             return
         held.give_back()
         if call is None and held is service:

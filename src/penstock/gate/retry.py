@@ -40,6 +40,10 @@ LONGEST_WAIT = 20.0
 """Seconds. botocore's cap."""
 ATTEMPTS = 3
 """As botocore's standard mode and Google's SRE book ("Handling Overload")."""
+MOST_BUDGET = 100.0
+"""Retries for each first attempt. Arbitrary, because: more is no budget."""
+BUDGET = 0.1
+"""As Google's SRE book: retries are at most 10 % of a client's requests."""
 TOTAL_TIMEOUT = 600.0
 """Seconds. Arbitrary, because: a batch should outlast a `Retry-After` of minutes, and still end."""
 
@@ -61,6 +65,9 @@ class Retry:
             collection of these, such as `["throttled", "transient", 500]`; or a tenacity `retry` object. None is
             throttled and transient.
         stop: a tenacity `stop` object, asked in addition to `attempts`.
+        budget: retries that a service key has to bear, as a share of its first attempts, over all jobs together. One
+            that is beyond it is not given up: it waits until there is room, and then goes behind fresh work. None for
+            no budget. The default is the ratio of Google's SRE book ("Handling Overload").
 
     Raises:
         UsageError: a value that cannot work.
@@ -71,6 +78,7 @@ class Retry:
     wait: float | wait_base | None = None
     on: On | None = None
     stop: stop_base | None = None
+    budget: float | None = BUDGET
 
     def __post_init__(self) -> None:
         if isinstance(self.attempts, bool) or not isinstance(self.attempts, int) or self.attempts < 1:
@@ -88,6 +96,12 @@ class Retry:
             raise UsageError(f"Retry(stop={self.stop!r}): expected a tenacity stop object; a number goes to attempts=.")
         if self.on is not None:
             _check_on(self.on)
+        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (number and 0 < self.budget <= MOST_BUDGET):
+            raise UsageError(
+                f"Retry(budget={self.budget!r}): expected a share of first attempts above 0, such as 0.1, or None for "
+                f"no budget."
+            )
 
 
 def check_timeout(found: str, timeout: object) -> None:

@@ -1,9 +1,10 @@
 """What a gate guards: one exchange with a service, which can be attempted several times."""
 
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 from penstock.gate.service import Service
-from penstock.permits import Companion
+from penstock.permits import Companion, Weight
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -13,6 +14,12 @@ class RoundTrip(Protocol[T_co]):
 
     needs: Companion | None = None
     """What it takes together with its permit, such as a thread."""
+    weight: Weight = None
+    """How much of each rate it takes; None is one request."""
+    rtt: float | None = None
+    """Set by an attempt that knows better than the gate how long the service took: seconds, without any wait here."""
+    headers: Mapping[str, str] | None = None
+    """Set by an attempt: what the service answered beside its answer, in which it may tell its rates."""
 
     async def attempt(self) -> T_co:
         """Do it once."""
@@ -26,7 +33,7 @@ class RoundTrip(Protocol[T_co]):
 
     async def wait(self, service: Service, *, again: bool) -> None:
         """Wait for a permit and for what it needs. Cancellation leaves nothing taken."""
-        await service.take(again=again, needs=self.needs)
+        await service.take(again=again, needs=self.needs, weight=self.weight)
 
     def over(self, service: Service) -> None:
         """An attempt is over, or did not begin: give the permit back, as soon as nothing of it runs any more."""
