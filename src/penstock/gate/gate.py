@@ -196,7 +196,7 @@ class Gate:
             service.set_budget(self._retry.budget)
 
     def bound(self, most: int) -> None:
-        """Measure no limit beyond `most` for keys that are still to come. For clients: they know what they can carry."""
+        """Measure no limit beyond `most` for keys that are still to come. For clients, which know what they carry."""
         self._rules = replace(self._rules, most=most)
 
     @overload
