@@ -75,6 +75,7 @@ class ServiceConfig:
     drops: float = setting(0.002, "share of requests whose connection is dropped before any answer")
     quota: float = setting(0.0, "requests per second; over it 429 with Retry-After; 0: no quota")
     burst: int = setting(0, "requests that the quota lets through at once; 0: one second's worth")
+    quota_headers: bool = setting(False, "each answer tells what is left of the quota: RateLimit and RateLimit-Policy")
     knee: int = setting(0, "requests served at once, the rest queue; 0: no knee")
     malformed: float = setting(0.0, "share of the 200 answers whose body is not JSON")
     slow_body: float = setting(0.0, "share of the 200 answers whose body drips")
@@ -91,7 +92,8 @@ class ServiceConfig:
             raise ValueError("errors and drops are at most 1 together, and so are malformed and slow_body")
 
     def as_flags(self) -> list[str]:
-        return [f"--{name.replace('_', '-')}={value}" for name, value in asdict(self).items()]
+        flags = {f"--{name.replace('_', '-')}": value for name, value in asdict(self).items()}
+        return [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
 
 
 class Fate(NamedTuple):
@@ -137,6 +139,15 @@ class Quota:
             self._tokens -= 1
             return 0.0
         return (1 - self._tokens) / self._rate
+
+    def headers(self, now: float) -> dict[str, str]:
+        """What is left, in the words of the IETF draft on RateLimit fields (draft-ietf-httpapi-ratelimit-headers)."""
+        left = self._tokens if self._at is None else min(self._burst, self._tokens + (now - self._at) * self._rate)
+        window = max(1, math.ceil(self._burst / self._rate))  # the draft knows whole seconds only
+        return {
+            "RateLimit-Policy": f'"default";q={self._rate * window:.0f};w={window}',
+            "RateLimit": f'"default";r={int(left)};t={math.ceil((self._burst - left) / self._rate)}',
+        }
 
 
 class Gauge:
@@ -207,6 +218,10 @@ class Service:
 
     async def stats(self, _: web.Request) -> web.Response:
         return _reply(200, self.statistics())
+
+    async def tell_quota(self, request: web.Request, response: web.StreamResponse) -> None:
+        if self._config.quota_headers and self._quota and request.path in self._requests:
+            response.headers.update(self._quota.headers(time.monotonic()))
 
     def statistics(self) -> dict[str, Any]:
         return {
@@ -306,6 +321,7 @@ def _response(status: int, body: bytes) -> web.Response:
 def make_app(config: ServiceConfig) -> web.Application:
     service = Service(config)
     app = web.Application()
+    app.on_response_prepare.append(service.tell_quota)
     app.router.add_get("/api1", service.api1)
     app.router.add_post("/api2", service.api2)
     app.router.add_get("/stats", service.stats)
@@ -419,9 +435,14 @@ def add_service_flags(parser: argparse.ArgumentParser, *, without: tuple[str, ..
     """Give the parser a flag for each setting of the service."""
     group = parser.add_argument_group("service")
     for setting in fields(ServiceConfig):
-        if setting.name not in without:
+        flag = f"--{setting.name.replace('_', '-')}"
+        if setting.name in without:
+            continue
+        if isinstance(setting.default, bool):
+            group.add_argument(flag, action="store_true", help=setting.metadata["help"])
+        else:
             group.add_argument(
-                f"--{setting.name.replace('_', '-')}",
+                flag,
                 type=type(setting.default),
                 default=setting.default,
                 metavar=type(setting.default).__name__.upper(),

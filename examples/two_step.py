@@ -5,7 +5,12 @@ its key. Without options it makes 10,000 records and starts a service of its own
 
     python examples/two_step.py
     python examples/two_step.py --errors 0.3 --output keys.jsonl
+    python examples/two_step.py --knee 40
+    python examples/two_step.py --quota 200 --quota-headers
     python examples/two_step.py --base-url http://127.0.0.1:8080 --input people.csv --output keys.jsonl
+
+No limit is set: how many requests the service can take at once is measured, and the account at the end says what was
+found, what requests waited for, and what held the run back.
 
 The input is read and the output written as the run goes, so neither has to fit into memory. A record is known by its
 `id`; one without is known by its line, as "line 17". Each outcome, good or bad, is one whole line of the output, on its
@@ -33,7 +38,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -77,6 +82,7 @@ async def score_all(api: penstock.HttpClient, source: Source, output: Output, li
         with contextlib.closing(progress), ctrl_c_shuts_down(executor):
             async with executor.as_completed(score, source, key=attrgetter("key")) as stream:
                 await collect(stream, output, run)
+        run.ended_at = asyncio.get_running_loop().time()
     return run
 
 
@@ -231,6 +237,95 @@ def report_of(outcome: penstock.Outcome[dict[str, Any]]) -> dict[str, Any]:
     return report | {"kind": outcome.kind, "error": f"{type(outcome.error).__name__}: {outcome.error}"}
 
 
+# --- what held it back ---
+
+A_FULL_CORE = 0.9
+"""Of a core, used by this program: then its own speed is what bounds the run."""
+WORTH_NAMING = 0.25
+"""Of the time, in which somebody waited at the gate: with less, the service was not what the run waited for."""
+A_QUOTA_SHOWS = 0.05
+"""Of the time, in which its rate or the pauses that it asks for were waited for."""
+
+
+def usual_limit(seen: penstock.KeyStatistics, ended_at: float) -> int:
+    """The limit below which it was for half of the time, and above which for the other half."""
+    ends = [*(change.at for change in seen.changes[1:]), ended_at]
+    spans = sorted((change.after, end - change.at) for change, end in zip(seen.changes, ends, strict=False))
+    half = sum(span for _, span in spans) / 2
+    passed = 0.0
+    for limit, span in spans:
+        passed += span
+        if passed >= half:
+            return limit
+    return seen.limit
+
+
+def found_by(seen: penstock.KeyStatistics) -> str:
+    """What has taken most from the limit: "queue", "loss" or "server"; "growth" if it has only grown."""
+    taken = {reason: lowered_by(seen, reason) for reason in ("queue", "loss", "server")}
+    reason = max(taken, key=taken.__getitem__)
+    return reason if taken[reason] > 0 else "growth"
+
+
+def lowered_by(seen: penstock.KeyStatistics, reason: str) -> int:
+    return sum(change.before - change.after for change in seen.changes if change.reason == reason)
+
+
+def is_overloaded(seen: penstock.KeyStatistics, ended_at: float) -> bool:
+    """Whether this program has kept its limits down for most of the time since the oldest change that is known."""
+    if not seen.changes:
+        return False
+    ends = [*(change.at for change in seen.changes[1:]), ended_at]
+    lowered = 0
+    overloaded = 0.0
+    for change, end in zip(seen.changes, ends, strict=True):
+        lowered += change.before - change.after if change.reason == "guard" else 0
+        overloaded += end - change.at if lowered > 0 else 0.0
+    return 2 * overloaded > ended_at - seen.changes[0].at
+
+
+def has_a_quota(seen: penstock.KeyStatistics, wall: float) -> bool:
+    """Whether the service refuses what comes too fast, and says when to come back."""
+    refused = seen.failed.get(penstock.FailureKind.THROTTLED, 0)
+    paused = seen.waited.get("rate", 0.0) + seen.waited.get("pause", 0.0)
+    return 2 * refused > sum(seen.failed.values()) and paused > A_QUOTA_SHOWS * wall
+
+
+def held_back_by(seen: penstock.KeyStatistics, wall: float, cpu: float, ended_at: float) -> str:
+    """One sentence on what a faster run would need."""
+    limit = usual_limit(seen, ended_at)
+    if seen.opened and not seen.succeeded:
+        return "the service: it has never answered. Is the address right?"
+    if cpu >= A_FULL_CORE:
+        return "nothing: this machine's CPU"
+    if is_overloaded(seen, ended_at):
+        return "nothing: this machine's CPU or memory, which other programs may have taken"
+    waits_for = max(seen.waited, key=seen.waited.__getitem__, default=None)
+    if waits_for is None or sum(seen.waited.values()) < WORTH_NAMING * wall:
+        return "nothing: too few records at once"
+    if waits_for in ("rate", "pause") or (found_by(seen) == "loss" and has_a_quota(seen, wall)):
+        return f"the service's quota ({seen.succeeded / wall:.0f}/s)"
+    if waits_for == "breaker":
+        return "the service's failures: for most of the time it was left alone"
+    if waits_for == "processing":
+        return "nothing: this machine's CPU, where answers wait to be processed"
+    return {
+        "queue": f"the service's knee (limit {limit})",
+        "loss": f"its refusals (limit {limit})",
+        "server": f"the service's word on how many it takes at once ({limit})",
+        "growth": f"nothing: too few records to find a limit (it has grown to {seen.limit})",
+    }[found_by(seen)]
+
+
+def print_findings(seen: penstock.KeyStatistics, wall: float, cpu: float, ended_at: float) -> None:
+    baseline = "" if seen.baseline is None else f"; baseline {seen.baseline * 1e3:.0f} ms"
+    print(f"  limit {usual_limit(seen, ended_at)}, found by {found_by(seen)}{baseline}")
+    waited = sorted(seen.waited.items(), key=itemgetter(1), reverse=True)
+    shares = ", ".join(f"{reason} {seconds / wall:.0%}" for reason, seconds in waited if seconds / wall >= 0.005)
+    print(f"  waited for: {shares or 'nothing'}{' of the time' if shares else ''}")
+    print(f"  held back by: {held_back_by(seen, wall, cpu, ended_at)}")
+
+
 # --- the sums ---
 
 
@@ -243,6 +338,8 @@ class Run:
     left: int = 0
     stopped: bool = False
     bad_input: BadInput | None = None
+    ended_at: float = 0.0
+    """On the loop's clock, as the changes of a limit are."""
 
     def count(self, kind: penstock.FailureKind | None, report: dict[str, Any]) -> None:
         self.ended[kind] += 1
@@ -289,6 +386,7 @@ def print_account(run: Run, source: Source, api: penstock.HttpClient, before: Us
         if seen.succeeded:
             print(f"; round trip p50 {seen.latency.p50 * 1e3:.1f} ms, p99 {seen.latency.p99 * 1e3:.1f} ms", end="")
         print()
+        print_findings(seen, wall, (after.client - before.client) / wall, run.ended_at)
     print(f"CPU: client {(after.client - before.client) / wall:.0%}", end="")
     if before.service is not None and after.service is not None:
         print(f", service {(after.service - before.service) / wall:.0%}", end="")

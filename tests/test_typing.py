@@ -2,13 +2,34 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable
 from typing import Any, assert_type
 
 import pytest
 
 import penstock
-from penstock import BlockingClient, Executor, Gate, Job, Outcome, Pool, Report, Stream
+from penstock import (
+    Adaptive,
+    BlockingClient,
+    Breaker,
+    CircuitOpen,
+    Executor,
+    Gate,
+    HttpClient,
+    Job,
+    KeyStatistics,
+    LimitChange,
+    Limiter,
+    LimitRule,
+    Outcome,
+    Permit,
+    Pool,
+    Rate,
+    Report,
+    Response,
+    Stream,
+)
 
 pytestmark = pytest.mark.virtual_clock
 
@@ -131,3 +152,81 @@ async def test_a_job_keeps_the_type_of_its_function() -> None:
     assert_type(scoring, Job[Callable[[str], Awaitable[int]]])
     async with scoring.open() as fn:
         assert_type(await fn("a"), int)
+
+
+class Fixed:
+    """A rule of somebody's own, as `LimitRule` and `Limiter` want it."""
+
+    def limiter(self, now: float, most: int | None, rng: random.Random) -> Limiter:
+        return FixedLimiter()
+
+
+class FixedLimiter:
+    def __init__(self) -> None:
+        self.limit = 2
+        self.baseline: float | None = None
+        self.queue = 0.0
+
+    def started(self, now: float) -> int:
+        return 1
+
+    def ended(self, mark: int, now: float, rtt: float | None, dropped: bool) -> LimitChange | None:
+        return None
+
+    def contaminate(self) -> None: ...
+
+    def half_open(self, now: float) -> LimitChange | None:
+        return None
+
+    def recovered(self, now: float) -> LimitChange | None:
+        return None
+
+    def cap(self, most: int | None, now: float) -> LimitChange | None:
+        return None
+
+
+def tokens_of(text: str) -> dict[str, float]:
+    return {"tokens": float(len(text))}
+
+
+def tokens_used(length: int) -> dict[str, float]:
+    return {"tokens": float(length)}
+
+
+def tokens_told(answer: Response) -> dict[str, float]:
+    return {"tokens": answer.json()["usage"]}
+
+
+async def test_limits_and_rates_may_be_numbers_values_or_rules_of_one_s_own() -> None:
+    """As arguments, and when they are read and set while a run goes on."""
+    rule: LimitRule = Adaptive(start=4, min=1, max=100)
+    rates = {"requests": Rate(500, per=60), "tokens": Rate(90_000, per=60)}
+    gate = Gate("g", limit=Fixed(), rate=rates, breaker=Breaker(fail_fast=True), weight=tokens_of, used=tokens_used)
+    assert_type(await gate.call(length, "a"), int)
+    assert_type(gate.limit, int | LimitRule)
+    assert_type(gate.breaker, Breaker | None)
+    gate.limit = 3
+    gate.limit = rule
+    gate.rate = Rate(10)
+    gate.breaker = None
+    async with HttpClient("http://example.com", limit=rule, rate=rates, breaker=None, used=tokens_told) as api:
+        assert_type(api.limit, int | LimitRule)
+    (seen,) = assert_type(gate.statistics(), dict[Hashable, KeyStatistics]).values()
+    assert_type(seen.changes, tuple[LimitChange, ...])
+    assert_type(seen.waited, dict[str, float])
+
+
+async def test_a_permit_is_what_its_block_gets() -> None:
+    """With methods that say how the round trip went."""
+    async with assert_type(Gate("g").permit(weight=2), Permit) as permit:
+        assert_type(permit, Permit)
+        permit.settle({"requests": 1})
+    assert issubclass(CircuitOpen, penstock.PenstockError)
+
+
+async def test_the_limit_of_an_executor_is_read_as_a_number_and_set_as_one_or_none() -> None:
+    """None measures it."""
+    async with Executor(limit=4) as executor:
+        assert_type(executor.limit, int)
+        executor.limit = 8
+        executor.limit = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -21,7 +22,7 @@ import aiohttp
 import pytest
 
 from records import Record, key_of, make_records, profile_of, scored
-from service import EmbeddedService, Quota, ServiceConfig, fate_of, serve
+from service import EmbeddedService, Quota, ServiceConfig, add_service_flags, config_from, fate_of, serve
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
@@ -192,6 +193,34 @@ def test_a_quota_gives_its_burst_then_its_rate() -> None:
     assert [quota.take(0.0) for _ in range(3)] == [0.0, 0.0, pytest.approx(0.1)]
     assert quota.take(0.1) == 0.0
     assert [quota.take(100.0) for _ in range(3)] == [0.0, 0.0, pytest.approx(0.1)]
+
+
+async def test_the_quota_is_told_in_headers_only_if_told_to() -> None:
+    """Each answer of the counted routes says what is left, and when all is there again; /stats never."""
+    config = ServiceConfig(latency=0.0, errors=0.0, drops=0.0, quota=0.4, burst=2, quota_headers=True)
+    async with serving(config) as client:
+        replies = [await client.status("GET", path) for path in ("/api1?id=1", "/api1?id=1", "/api1?id=1", "/stats")]
+    assert [status for status, _, _ in replies] == [200, 200, 429, 200]
+    told = [(headers.get("RateLimit-Policy"), headers.get("RateLimit")) for _, headers, _ in replies]
+    policy = '"default";q=2;w=5'
+    assert told == [(policy, f'"default";r={left};t={t}') for left, t in ((1, 3), (0, 5), (0, 5))] + [(None, None)]
+    async with serving(ServiceConfig(latency=0.0, errors=0.0, drops=0.0, quota=0.4, burst=2)) as client:
+        assert "RateLimit" not in (await client.status("GET", "/api1?id=1"))[1]
+
+
+def test_what_a_quota_tells_is_true_between_the_requests_too() -> None:
+    quota = Quota(rate=10, burst=20)
+    assert quota.headers(0.0)["RateLimit"] == '"default";r=20;t=0'
+    quota.take(0.0)
+    assert quota.headers(0.05) == {"RateLimit-Policy": '"default";q=20;w=2', "RateLimit": '"default";r=19;t=1'}
+    assert quota.headers(100.0)["RateLimit"] == '"default";r=20;t=0'
+
+
+@pytest.mark.parametrize("config", [QUIET, ServiceConfig(quota=5.0, quota_headers=True)])
+def test_the_flags_of_a_configuration_give_it_back(config: ServiceConfig) -> None:
+    parser = argparse.ArgumentParser()
+    add_service_flags(parser)
+    assert config_from(parser, parser.parse_args(config.as_flags())) == config
 
 
 async def test_a_503_says_when_to_come_back_only_if_told_to() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -19,18 +20,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import two_step
-from penstock import FailureKind
+from penstock import Adaptive, Breaker, FailureKind, KeyStatistics, LimitChange
 from records import key_of, make_records
 from service import EmbeddedService, ServiceConfig, fate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from penstock.gate.limiter import Reason
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BOUND = 30.0
 FAST = "--latency=0.005"
+FIRST_LIMIT = Adaptive().start
+"""Requests that a service gets before it has answered any."""
 
 QUIET = ServiceConfig(latency=0.005, errors=0.0, drops=0.0)
+OVERLOADED = "nothing: this machine's CPU or memory, which other programs may have taken"
 NEVER = ServiceConfig(latency=10 * BOUND, errors=0.0, drops=0.0)
 
 
@@ -103,6 +109,11 @@ class Running:
         return Ended(
             self.process.returncode, stdout.decode(), self.stderr(), [json.loads(line) for line in text.splitlines()]
         )
+
+
+def is_busy() -> bool:
+    """Whether more wants to run than there are cores."""
+    return os.getloadavg()[0] > (os.cpu_count() or 1)
 
 
 def limit_files(size_bytes: int) -> None:
@@ -193,13 +204,129 @@ def test_the_same_seed_gives_the_same_outcomes(tmp_path: Path) -> None:
 
 
 def test_a_service_that_is_not_there_fails_every_record_in_bounded_time(tmp_path: Path) -> None:
-    """Refused connections are retried, then reported for each record, and the run ends by itself."""
+    """After some refused connections nothing more is sent, every record says why, and the run ends by itself."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     ended = run(tmp_path, "--jobs=300", f"--base-url=http://127.0.0.1:{port}")
     assert (ended.status, ended.sums) == (5, (300, 0, 300, 0))
-    assert Counter((line["kind"], line["attempts"]) for line in ended.lines) == {("transient", 4): 300}
+    assert {line["kind"] for line in ended.lines} == {"transient"}
+    assert sum(line["attempts"] for line in ended.lines) <= 3 * Breaker().connect_errors
+    assert all(f"http://127.0.0.1:{port}" in line["error"] for line in ended.lines)
+    assert "nothing has ever answered" in ended.stderr
+    assert "  held back by: the service: it has never answered. Is the address right?" in ended.stdout
     assert "service" not in ended.stdout.splitlines()[-2]
+
+
+def test_a_run_at_a_service_with_a_knee_says_so(tmp_path: Path) -> None:
+    """No limit is set: the one that it finds is near the knee, and the account names it."""
+    ended = run(tmp_path, "--jobs=450", "--knee=40", "--latency=0.2", "--errors=0", "--drops=0")
+    assert (ended.status, ended.sums) == (0, (450, 450, 0, 0))
+    found = re.search(r"^  limit (\d+), found by queue; baseline (\d+) ms$", ended.stdout, re.MULTILINE)
+    assert found, ended.stdout
+    assert 20 <= int(found[1]) <= 80
+    assert 180 <= int(found[2]) <= 300
+    assert re.search(r"^  waited for: permit \d+%", ended.stdout, re.MULTILINE)
+    knee = f"  held back by: the service's knee (limit {found[1]})"
+    # A machine that is busy with other things may delay the program for most of so short a run, and then it says that.
+    assert knee in ended.stdout or (is_busy() and OVERLOADED in ended.stdout), ended.stdout
+
+
+@pytest.mark.parametrize("headers", [[], ["--quota-headers"]])
+def test_a_run_at_a_service_with_a_quota_says_so(tmp_path: Path, headers: list[str]) -> None:
+    """The quota is kept to as the service tells it, and the account names it; nothing fails for good."""
+    ended = run(tmp_path, "--jobs=150", "--quota=200", "--burst=20", "--errors=0", "--drops=0", *headers)
+    assert (ended.status, ended.sums) == (0, (150, 150, 0, 0))
+    found = re.search(r"^  held back by: the service's quota \((\d+)/s\)$", ended.stdout, re.MULTILINE)
+    assert found, ended.stdout
+    assert 20 <= int(found[1]) <= 240
+
+
+def seen(**fields: Any) -> KeyStatistics:
+    """What a gate may have seen; what the account does not read is left out."""
+    known: dict[str, Any] = dict.fromkeys(KeyStatistics.__dataclass_fields__)
+    known.update(limit=8, waited={}, changes=(), failed={}, succeeded=100, opened=0)
+    return KeyStatistics(**{**known, **fields})
+
+
+def changes(*limits: tuple[float, int, Reason]) -> tuple[LimitChange, ...]:
+    before = [8, *(after for _, after, _ in limits)]
+    return tuple(LimitChange(at, old, new, reason) for (at, new, reason), old in zip(limits, before, strict=False))
+
+
+KNEE = changes((1.0, 64, "growth"), (2.0, 40, "queue"), (11.0, 20, "probe"), (11.1, 40, "probe"))
+
+
+@pytest.mark.parametrize(
+    ("found", "cpu", "answer"),
+    [
+        (seen(changes=KNEE, waited={"permit": 9.0}), 0.5, "the service's knee (limit 40)"),
+        (seen(changes=KNEE, waited={"permit": 9.0}), 0.95, "nothing: this machine's CPU"),
+        (seen(changes=KNEE, waited={"permit": 0.5}), 0.5, "nothing: too few records at once"),
+        (seen(), 0.5, "nothing: too few records at once"),
+        (seen(opened=1, succeeded=0), 0.1, "the service: it has never answered. Is the address right?"),
+        (seen(waited={"rate": 8.0}, succeeded=2000), 0.5, "the service's quota (200/s)"),
+        (seen(waited={"permit": 3.0, "pause": 4.0}, succeeded=2000), 0.5, "the service's quota (200/s)"),
+        (
+            seen(changes=changes((1.0, 3, "loss")), waited={"permit": 8.0}, failed={FailureKind.TRANSIENT: 9}),
+            0.5,
+            "its refusals (limit 3)",
+        ),
+        (
+            seen(
+                changes=changes((1.0, 3, "loss")),
+                waited={"permit": 8.0, "pause": 1.0},
+                failed={FailureKind.THROTTLED: 9, FailureKind.TRANSIENT: 1},
+                succeeded=50,
+            ),
+            0.5,
+            "the service's quota (5/s)",
+        ),
+        (
+            seen(opened=1, waited={"breaker": 9.0}),
+            0.5,
+            "the service's failures: for most of the time it was left alone",
+        ),
+        (
+            seen(waited={"processing": 9.0}),
+            0.5,
+            "nothing: this machine's CPU, where answers wait to be processed",
+        ),
+        (
+            seen(changes=changes((1.0, 6, "guard")), waited={"permit": 9.0}),
+            0.5,
+            OVERLOADED,
+        ),
+        (
+            seen(changes=changes((1.0, 5, "server")), waited={"permit": 9.0}),
+            0.5,
+            "the service's word on how many it takes at once (5)",
+        ),
+        (
+            seen(limit=32, changes=changes((1.0, 32, "growth")), waited={"permit": 9.0}),
+            0.5,
+            "nothing: too few records to find a limit (it has grown to 32)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_account_names_what_held_the_run_back(found: KeyStatistics, cpu: float, answer: str) -> None:
+    """By what was waited for, by what the limit was found, and by the CPU that the program has used itself."""
+    assert two_step.held_back_by(found, 10.0, cpu, 12.0) == answer
+
+
+def test_an_overload_that_is_over_has_not_held_the_run_back() -> None:
+    """Only what lasted for most of the time has."""
+    short = changes((1.0, 64, "growth"), (2.0, 40, "queue"), (3.0, 32, "guard"), (5.0, 40, "guard"))
+    assert not two_step.is_overloaded(seen(changes=short), 12.0)
+    assert two_step.is_overloaded(seen(changes=short[:3]), 5.5)
+    assert not two_step.is_overloaded(seen(), 12.0)
+
+
+def test_the_limit_that_is_told_is_the_usual_one() -> None:
+    """A probe at half of it, or the end of a run that needs less and less, is not what was found."""
+    assert two_step.usual_limit(seen(changes=KNEE), 12.0) == 40
+    assert two_step.usual_limit(seen(changes=(*KNEE, LimitChange(12.0, 40, 9, "application"))), 13.0) == 40
+    assert two_step.usual_limit(seen(limit=17), 12.0) == 17
 
 
 # --- input ---
@@ -326,7 +453,7 @@ def test_one_interrupt_finishes_what_is_in_flight(tmp_path: Path) -> None:
 def interrupted_twice(directory: Path, service: EmbeddedService, *flags: str) -> Ended:
     before = service.stats()["requests"]["/api1"]
     with running(directory, f"--base-url={service.url}", *flags) as program:
-        program.until(lambda: service.stats()["requests"]["/api1"] == before + 20)
+        program.until(lambda: service.stats()["requests"]["/api1"] == before + FIRST_LIMIT)
         program.interrupt()
         program.interrupt()
         return program.ended()
