@@ -167,8 +167,7 @@ class PermitQueue:
     async def take(self, *, again: bool = False, needs: Companion | None = None, weight: Weight = None) -> None:
         """Wait for a permit and take it. With `again`, wait before all fresh work: the retry is due.
 
-        Cancellation: the place in the queue is given up, and so is a permit granted in the same tick. Tokens that came
-        with that are spent.
+        Cancellation: the place in the queue is given up, and so is a permit granted in the same tick.
         """
         if not self.take_nowait(needs, weight):
             await take_first(self._loop, self, again=again, needs=needs, weight=weight)
@@ -257,6 +256,9 @@ class PermitQueue:
             self._admit()
         self._note_reason()
 
+    def give_tokens_back(self, weight: Weight) -> None:
+        """What was taken of the rates is not used. To be overridden by who has any."""
+
     def _note_reason(self) -> None:
         """What the first in line waits for may be another thing now. To be overridden by who wants to know."""
 
@@ -331,8 +333,10 @@ async def take_first(
     except BaseException:
         if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
             admitted.result().give_back()
-            if needs is not None and admitted.result() is queues[0]:
-                needs.give_back()
+            if admitted.result() is queues[0]:
+                queues[0].give_tokens_back(weight)
+                if needs is not None:
+                    needs.give_back()
         raise
     finally:
         for queue in queues:

@@ -49,7 +49,7 @@ class Jobs:
     def beat(self, total: int = 0, *, short: bool = False) -> int:
         self.now += BEAT
         room = max(0.0, MARK - self.used)
-        return self.rule.beat(self.now, total, self.running, self.used, room, short=short)
+        return self.rule.beat(self.now, total, self.running, self.used, room, looked_at=self.now, short=short)
 
     def beats(self, seconds: float, total: int) -> int:
         """While there is always more to do."""
@@ -88,7 +88,10 @@ def test_there_are_never_more_than_a_quarter_of_the_memory_can_hold() -> None:
 
 def test_where_nobody_knows_of_the_memory_it_bounds_nothing() -> None:
     rule = JobRule(None)
-    assert rule.beat(1.0, 1_000_000, 5, None, None, short=False) == JOBS_FOR_EACH_PERMIT * 1_000_000 + SPARE
+    assert (
+        rule.beat(1.0, 1_000_000, 5, None, None, looked_at=None, short=False)
+        == JOBS_FOR_EACH_PERMIT * 1_000_000 + SPARE
+    )
 
 
 def test_jobs_that_are_measured_to_be_large_are_begun_only_as_long_as_they_fit() -> None:
@@ -114,6 +117,15 @@ def test_what_the_program_collects_does_not_keep_jobs_from_being_added() -> None
     assert jobs.running > 60
     jobs.program = MARK
     assert jobs.beat(1000) == jobs.running
+
+
+def test_memory_that_stands_still_is_looked_at_again() -> None:
+    """More jobs run in as much: they take less each than they were measured to take."""
+    rule, room = JobRule(AT_MOST), MARK - 0.3
+    rule.beat(1.0, 1000, 0, 0.1, MARK - 0.1, looked_at=1.0, short=False)
+    first = rule.beat(2.0, 1000, 300, 0.3, room, looked_at=2.0, short=False)
+    assert rule.beat(2.1, 1000, first, 0.3, room, looked_at=2.0, short=False) == first, "nothing new is known"
+    assert rule.beat(3.0, 1000, first, 0.3, room, looked_at=3.0, short=False) > 1.5 * first
 
 
 def test_growth_that_may_be_anything_says_nothing_about_jobs() -> None:
@@ -180,7 +192,7 @@ def test_it_stays_within_its_bounds(
         now += pause
         highest = max(highest, total)
         room = None if used is None else max(0.0, MARK - used)
-        limit = rule.beat(now, total, running, used, room, short=short)
+        limit = rule.beat(now, total, running, used, room, looked_at=now, short=short)
         assert FLOOR <= limit <= min(most, max(LEAST, JOBS_FOR_EACH_PERMIT * highest + SPARE))
         assert not short or limit == FLOOR
 
@@ -450,18 +462,19 @@ async def test_a_cold_start_without_any_number_reaches_a_knee_of_400_within_thre
 async def test_a_loop_that_jobs_block_has_fewer_round_trips_in_flight() -> None:
     """Really: the gate says that the guard has cut its limit, and gets it back."""
     gate = Gate("g", limit=100)
-    block = True
+    blocks = 3
 
     async def trip() -> None:
         await asyncio.sleep(0.2)
 
     async def job(_: int) -> None:
-        nonlocal block
+        nonlocal blocks
         await gate.call(trip)
-        if block:
-            block = False
-            await asyncio.sleep(0.06)
-            time.sleep(0.25)  # noqa: ASYNC251  # the mistake that the guard is there for
+        if blocks == 3:
+            while blocks:
+                blocks -= 1
+                await asyncio.sleep(0.06)
+                time.sleep(0.25)  # noqa: ASYNC251  # the mistake that the guard is there for
 
     async with Executor() as executor, executor.as_completed(job, itertools.count()) as stream:
         async with asyncio.timeout(20):

@@ -114,13 +114,31 @@ def test_a_rule_is_a_plain_value() -> None:
         ({"start": True}, r"Adaptive\(start=True\)"),
         ({"start": 8.0}, r"Adaptive\(start=8.0\)"),
         ({"start": None}, r"Adaptive\(start=None\)"),
-        ({"start": 4, "min": 5}, "expected min <= start <= max"),
-        ({"start": 4, "max": 3}, "expected min <= start <= max"),
+        ({"min": 16, "max": 4}, r"Adaptive\(min=16, max=4\): expected min <= max, such as Adaptive\(min=4, max=16\)"),
     ],
 )
 def test_a_rule_that_cannot_work_is_refused(values: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Adaptive(**values)
+
+
+@pytest.mark.parametrize(
+    ("rule", "first"),
+    [
+        (Adaptive(max=4), 4),
+        (Adaptive(min=16), 16),
+        (Adaptive(min=16, max=16), 16),
+        (Adaptive(start=4, min=5), 5),
+        (Adaptive(start=4, max=3), 3),
+    ],
+)
+def test_the_first_limit_is_one_that_may_be(rule: Adaptive, first: int) -> None:
+    """Who names a bound need not name the start; nor after an outage is it another."""
+    limit = AdaptiveLimiter(rule, 0.0, None, random.Random(1))
+    assert limit.limit == first
+    limit.half_open(1.0)
+    limit.recovered(2.0)
+    assert limit.limit == first
 
 
 def test_it_never_allows_more_than_there_are_connections() -> None:
@@ -195,6 +213,34 @@ def test_a_service_that_got_slower_gets_in_one_step_what_it_can_take() -> None:
     assert [change.reason for change in changes[:2]] == ["queue", "queue"]
     assert changes[0].after >= changes[0].before // 2, "one cut takes half at most"
     assert 9 <= service.limit.limit <= 14
+
+
+def test_a_queue_is_seen_though_not_all_of_the_limit_is_in_use() -> None:
+    """The application asks for fewer than it might, and yet for more than the service can do."""
+    service = Service(limiter(start=64))
+    service.most = 30
+    service.run(5)
+    assert service.limit.limit == 64
+    service.rate = 200
+    changes = service.run(3)
+    assert changes[0].reason == "queue"
+    assert changes[0].after < 30, "the first cut takes effect"
+    assert changes[1].reason == "queue"
+    assert service.limit.limit <= 14
+    assert service.limit.baseline == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_slow_service_is_not_overrun_by_those_that_there_are() -> None:
+    """Five seconds, a hundred at once, four hundred jobs after a quiet time, and a limit above all of these."""
+    service = Service(limiter(start=512), rate=20, base=5.0)
+    service.most = 10
+    service.run(20)
+    service.most = 400
+    service.run(600)
+    before = service.done
+    service.run(600)
+    assert service.limit.limit <= 125
+    assert (service.done - before) / 600 > 0.95 * 20
 
 
 @pytest.mark.parametrize("knee", [1, 2, 3])
@@ -279,6 +325,25 @@ def test_a_queue_that_a_shorter_way_left_behind_is_found() -> None:
 def test_the_least_limit_cannot_be_probed() -> None:
     service = Service(limiter(start=4, min=4, max=4))
     assert service.run(60) == []
+
+
+@pytest.mark.parametrize("lags", [True, False], ids=["lagging", "cancelled"])
+def test_a_probe_of_which_nothing_is_known_is_given_up(lags: bool) -> None:
+    """Because the loop lagged, or all were cancelled: the limit is as before, and the next probe comes in its time."""
+    limit, now = limiter(max=8), 20.0
+    change = serve(limit, 0.05, now=now)
+    assert change is not None
+    assert (change.before, change.after, change.reason) == (8, 4, "probe")
+    changes = []
+    for _ in range(10):
+        marks = [limit.started(now) for _ in range(limit.limit)]
+        if lags:
+            limit.contaminate()
+        changes += [limit.ended(mark, now, 9.0 if lags else None, False) for mark in marks]
+    assert [change for change in changes if change] == [LimitChange(now, 4, 8, "probe")]
+    assert limit.baseline == pytest.approx(0.05)
+    assert serve(limit, 0.05, now=now, count=round(0.9 * PROBE_EVERY / 0.05)) is None
+    assert serve(limit, 0.05, now=now + 1.2 * PROBE_EVERY) is not None
 
 
 # --- cohorts ---

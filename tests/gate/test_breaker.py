@@ -244,14 +244,17 @@ def test_five_successes_close_it_one_after_the_other() -> None:
     assert not ends(tested, NOW, *[True] * 19)
 
 
-def test_one_failure_opens_it_again_for_longer() -> None:
-    """Whatever succeeded before it."""
+def test_one_failure_opens_it_again_and_for_longer_if_none_has_worked() -> None:
+    """Where some work there is a service to be found."""
     tested = probing()
     ends(tested, NOW, False, False, False, False)
     assert ends(tested, NOW, True)
-    assert tested.until == NOW + 10.0
-    tested.half_open(NOW + 10.0)
-    ends(tested, NOW + 10.0, False, False, False, False)
+    assert tested.until == NOW + 5.0
+    tested.half_open(NOW + 5.0)
+    assert ends(tested, NOW + 5.0, True)
+    assert tested.until == NOW + 15.0
+    tested.half_open(NOW + 15.0)
+    ends(tested, NOW + 15.0, False, False, False, False)
     assert tested.state is HALF_OPEN
 
 

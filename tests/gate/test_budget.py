@@ -302,3 +302,12 @@ def test_a_share_that_cannot_work_is_refused(share: float) -> None:
     """The message shows what to write."""
     with pytest.raises(UsageError, match=r"Write RetryBudget\(share=0.1\)"):
         RetryBudget(share)
+
+
+def test_a_refund_fills_the_balance_to_its_cap_and_no_further() -> None:
+    budget = RetryBudget()
+    assert budget.withdraw(3.0, 0.0)
+    budget.refund(1.0, 0.0)
+    assert budget.balance(0.0) == INITIAL - 2
+    budget.refund(5.0, 0.0)
+    assert budget.balance(0.0) == INITIAL

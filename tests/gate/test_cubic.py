@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.gate.adaptive import Adaptive
-from penstock.gate.cubic import EPISODE, FLOOR, LEFT_AFTER_A_CUT, LONGEST_TRIAL, QUIET, SHUT_AFTER, Cubic
+from penstock.gate.cubic import EPISODE, FIRST_TRIAL, FLOOR, LEFT_AFTER_A_CUT, LONGEST_TRIAL, QUIET, SHUT_AFTER, Cubic
 from penstock.gate.rate import Meter
 
 ROUND_TRIP = 0.05
@@ -290,3 +290,18 @@ def test_whatever_happens_the_wait_is_short_and_the_rate_is_at_least_one_in_two_
             assert cubic.due(now) <= now + LONGEST_TRIAL
         if cubic.enabled:
             assert FLOOR <= cubic.rate(now) < math.inf
+
+
+def test_while_it_is_shut_the_rate_is_that_of_its_trials() -> None:
+    """And none while nothing is searched for."""
+    assert Cubic().found(0.0) is None
+    cubic = refused_at(200.0)
+    last = 12.0
+    for number in range(10):
+        last = 13.0 + number
+        cubic.take(last)
+        cubic.throttled(last, queueing=False)
+    found = cubic.found(last)
+    assert found is not None
+    assert 1 / LONGEST_TRIAL <= found <= 1 / FIRST_TRIAL
+    assert cubic.found(last + QUIET) is None

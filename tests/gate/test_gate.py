@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import penstock
-from penstock import AttemptTimeout, Executor, FailureKind, Gate, HttpStatusError, Retry, UsageError, WrongLoop
+from penstock import AttemptTimeout, Executor, FailureKind, Gate, HttpStatusError, Rate, Retry, UsageError, WrongLoop
 from penstock.gate.gate import MOST_IDLE_KEYS, _AsyncCall
 from penstock.testing import VirtualClockLoop, act_at_every_step, cancel_at_every_step, run_in_virtual_time
 from penstock.threads.workers import Worker
@@ -183,6 +183,36 @@ async def test_idle_keys_are_dropped_and_keys_in_use_are_not() -> None:
     assert "keys=" in repr(gate)
     for task in (backing_off, in_flight, paused):
         assert await task == "done"
+
+
+class Searching(Gate):
+    """Notes with how many keys it has looked for idle ones."""
+
+    def _drop_idle_keys(self) -> None:
+        self.searched = [*getattr(self, "searched", []), len(self._services)]
+        super()._drop_idle_keys()
+
+
+async def test_idle_keys_are_looked_for_only_when_keys_have_doubled() -> None:
+    """Or each new key would search all that are in use. When many come to rest, the next search forgets them."""
+    gate, keys = Searching("g", limit=1), 9 * MOST_IDLE_KEYS
+    held = [gate.service(number) for number in range(keys) if gate.service(number).take_nowait()]
+    assert len(held) == len(gate.statistics()) == keys
+    assert gate.searched == [MOST_IDLE_KEYS * times for times in (1, 2, 4, 8)]
+    for service in held:
+        service.give_back()
+    for number in range(8 * MOST_IDLE_KEYS):
+        gate.service(-1 - number)
+    assert len(gate.statistics()) <= 2 * MOST_IDLE_KEYS
+
+
+async def test_a_key_whose_rate_is_used_up_is_remembered_until_it_is_not() -> None:
+    """One that came back fresh would have its rate once more."""
+    gate = Gate("g", rate=Rate(1, per=60))
+    await gate.call(Script())
+    assert not gate.service(None).idle
+    await asyncio.sleep(61)
+    assert gate.service(None).idle
 
 
 async def test_the_limit_holds_for_a_call_that_comes_back_to_its_key() -> None:

@@ -171,8 +171,8 @@ async def test_while_nothing_succeeds_probes_start_a_second_apart_at_most() -> N
     await asyncio.wait(tasks)
 
 
-async def test_probes_that_say_nothing_are_a_second_apart_as_well() -> None:
-    """Cancelled ones, and errors that are no word of the service."""
+async def test_whatever_a_probe_is_answered_means_that_the_service_is_back() -> None:
+    """An SDK's own "not found", or a refusal for being asked too much: only a failure is none."""
 
     class Unknown(Exception):
         pass
@@ -180,11 +180,9 @@ async def test_probes_that_say_nothing_are_a_second_apart_as_well() -> None:
     gate, backend = new_gate(), Backend()
     await opened(gate, backend)
     backend.error = Unknown
-    tasks = await start(lambda: gate.call(backend), 4)
-    assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [Unknown] * 4
-    probes = backend.asked[4:]
-    assert gaps(probes) == pytest.approx([1, 1, 1])
-    assert seen(gate).breaker == "half-open"
+    tasks = await start(lambda: gate.call(backend), 8)
+    assert [type(error) for error in await asyncio.gather(*tasks, return_exceptions=True)] == [Unknown] * 8
+    assert seen(gate).breaker == "closed"
 
 
 async def test_attempts_that_hang_from_before_take_no_probes_place() -> None:
@@ -574,3 +572,144 @@ def test_nothing_is_left_behind_by_a_cancel_at_any_step_of_an_outage() -> None:
         return after is None or (after.in_flight, after.waiting, after.deferred) == (0, 0, 0)
 
     assert cancel_at_every_step(scenario, arrange=arrange, check=check) >= 20
+
+
+# --- half-open ---
+
+FAST = Breaker(calls=4, pause=10, probes=3, fail_fast=True)
+
+
+async def half_open(gate: Gate, backend: Backend) -> Service:
+    """The breaker of `gate` lets probes through; there are none yet."""
+    service = await opened(gate, backend)
+    await until(lambda: seen(gate).breaker == "half-open")
+    return service
+
+
+async def test_with_fail_fast_who_comes_beyond_the_probes_fails_at_once() -> None:
+    """It would wait for a service of which nobody knows whether it is back."""
+    gate, backend = new_gate(FAST), Backend(until=5)
+    await half_open(gate, backend)
+    backend.takes = 0.5
+    (probe,) = await start(lambda: gate.call(backend))
+    asked = now()
+    with pytest.raises(CircuitOpen) as caught:
+        await gate.call(backend)
+    assert any("it was not sent" in note for note in caught.value.__notes__)
+    permit = gate.permit()
+    with pytest.raises(CircuitOpen):
+        await permit.__aenter__()
+    assert repr(permit) == "<Permit of 'maps' not held>"
+    assert now() == asked
+    assert await probe == "done"
+    async with permit:
+        assert seen(gate).in_flight == 1
+
+
+async def test_a_half_open_key_is_forgotten_unless_a_probe_is_in_flight() -> None:
+    """Nothing else is remembered of it that would not be found out again."""
+    gate, backend = new_gate(), Backend(until=5)
+    service = await opened(gate, backend)
+    assert not service.idle
+    await until(lambda: seen(gate).breaker == "half-open")
+    assert service.idle
+    (probe,) = await start(lambda: gate.call(backend))
+    assert not service.idle
+    await probe
+    assert seen(gate).breaker == "half-open"
+    assert service.idle
+
+
+async def test_probes_keep_to_a_number_that_somebody_has_set() -> None:
+    """It may be more than a wish: those that hang from before count."""
+    gate, backend = new_gate(limit=2, timeout=None), Backend(until=1000)
+    slow = Backend(takes=500, until=1000)
+    hanging = await start(lambda: gate.call(slow))
+    await half_open(gate, backend)
+    backend.takes = 100
+    tasks = await start(lambda: gate.call(backend), 4)
+    for _ in range(20):
+        assert seen(gate).in_flight == 2
+        await asyncio.sleep(1)
+    for task in [*hanging, *tasks]:
+        task.cancel()
+    await asyncio.wait([*hanging, *tasks])
+    assert seen(gate).in_flight == 0
+
+
+async def test_a_refusal_for_being_asked_too_much_is_a_sign_of_life() -> None:
+    gate, backend = new_gate(Breaker(calls=4, pause=10, probes=1)), Backend()
+    await half_open(gate, backend)
+    backend.error = lambda: status(429)
+    with pytest.raises(HttpStatusError, match="429"):
+        await gate.call(backend)
+    assert seen(gate).breaker == "closed"
+
+
+async def test_after_a_probe_that_worked_those_that_hang_from_before_it_do_not_count() -> None:
+    """The next ones go at once, and what becomes of the old one opens nothing."""
+    gate, backend = new_gate(), Backend(until=5)
+    await half_open(gate, backend)
+    slow = Backend(takes=3, until=1000)
+    (hanging,) = await start(lambda: gate.call(slow))
+    asked = now()
+    assert await gate.call(backend) == "done"
+    assert now() - asked == pytest.approx(1.05)  # a second after the first
+    tasks = await start(lambda: gate.call(backend), 2)
+    await asyncio.gather(*tasks)
+    assert now() - asked <= 1.2
+    assert seen(gate).breaker == "closed"
+    with pytest.raises(HttpStatusError):
+        await hanging
+    assert (seen(gate).breaker, seen(gate).opened, seen(gate).in_flight) == ("closed", 1, 0)
+
+
+async def test_a_probe_that_fails_after_one_that_worked_does_not_lengthen_the_pause() -> None:
+    gate, backend = new_gate(), Backend(until=5)
+    await half_open(gate, backend)
+    await gate.call(backend)
+    backend.until = 1000
+    with pytest.raises(HttpStatusError):
+        await gate.call(backend)
+    reopened = now()
+    await until(lambda: seen(gate).breaker == "half-open")
+    assert FIRST_PAUSE[0] <= now() - reopened <= FIRST_PAUSE[1] + 0.1
+
+
+# --- what is told ---
+
+
+async def test_the_log_says_that_there_was_no_connection(caplog: pytest.LogCaptureFixture) -> None:
+    """Not how few of those attempts failed that the share is taken of."""
+    gate, backend = new_gate(Breaker(calls=100, connect_errors=3)), Backend(until=1000, error=unreachable)
+    for _ in range(4):
+        await gate.call(asyncio.sleep, 0)
+    for _ in range(3):
+        with pytest.raises(ConnectionFailed):
+            await gate.call(backend)
+    (line,) = lines(caplog)
+    assert "the last 3 attempts found no connection" in line
+    assert "of the last 7" not in line
+
+
+@pytest.mark.parametrize("answered_before", [False, True])
+async def test_when_nothing_but_refusals_came_the_log_says_so_once(
+    answered_before: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate, backend = new_gate(timeout=None), Backend(until=10_000_000, error=lambda: status(429))
+    if answered_before:
+        await gate.call(asyncio.sleep, 0)
+    for _ in range(45):
+        with pytest.raises(HttpStatusError):
+            await gate.call(backend)
+    told = [line for line in lines(caplog) if "the first 20 answers were all refusals" in line]
+    assert len(told) == (not answered_before)
+
+
+async def test_a_refusal_by_another_status_is_raised_as_it_came() -> None:
+    """GitHub says 403 with a `Retry-After`: no failure of its kind has been counted then."""
+    gate, backend = new_gate(), Backend(error=lambda: status(403, 2.0))
+    for _ in range(2):
+        with pytest.raises(HttpStatusError, match="403"):
+            await gate.call(backend)
+    assert seen(gate).in_flight == 0

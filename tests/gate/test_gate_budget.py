@@ -230,6 +230,29 @@ async def test_who_gives_up_in_the_moment_in_which_there_is_room_takes_none_of_i
     assert seen(gate).budget == INITIAL - 1
 
 
+async def test_a_retry_that_was_paid_for_and_is_cancelled_in_its_back_off_is_refunded() -> None:
+    gate = new_gate(Retry(attempts=3, wait=10, timeout=None))
+    backing_off = await start(lambda: gate.call(Trip()))
+    assert seen(gate).budget == INITIAL - 1
+    backing_off[0].cancel()
+    await asyncio.wait(backing_off)
+    assert seen(gate).budget == INITIAL
+
+
+@pytest.mark.parametrize("budget", [0.1, None])
+async def test_a_retry_that_is_cancelled_in_the_tick_in_which_it_was_afforded_is_refunded(budget: float | None) -> None:
+    gate = new_gate()
+    await spent(gate)
+    waiting = await start(lambda: gate.call(Trip()))
+    assert seen(gate).deferred == 1
+    gate.service(None).set_budget(budget)
+    assert (seen(gate).deferred, seen(gate).budget) == (0, None if budget is None else INITIAL - 1)
+    waiting[0].cancel()
+    await asyncio.wait(waiting)
+    assert waiting[0].cancelled()
+    assert seen(gate).budget == (None if budget is None else INITIAL)
+
+
 @pytest.mark.parametrize("budget", [0, -1, 101, True, float("nan"), "10 %"], ids=repr)
 def test_what_is_no_budget_is_refused(budget: Any) -> None:
     with pytest.raises(UsageError, match=r"Retry\(budget=.*\): expected a share of first attempts above 0"):

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from penstock import ConnectionFailed, Executor, Gate, HttpStatusError, Rate, Retry, UsageError
+from penstock import AttemptTimeout, ConnectionFailed, Executor, Gate, HttpStatusError, Rate, Retry, UsageError
 from penstock.clients.blocking import BlockingClient
+from penstock.gate.gate import _AsyncCall
 from penstock.gate.service import KeyStatistics
 from penstock.testing import cancel_at_every_step
 
@@ -204,7 +206,9 @@ async def test_who_waits_for_tokens_holds_no_permit() -> None:
 async def test_who_waits_in_vain_is_told_that_it_is_the_rate() -> None:
     gate, trip = new_gate(Rate(1, per=60), retry=Retry(timeout=5)), Starts()
     await gate.call(trip)
-    with pytest.raises(TimeoutError, match=r"got no permit of gate 'maps' in 5 s: its rate lets the next one through"):
+    with pytest.raises(
+        TimeoutError, match=r"got no permit of gate 'maps' in 5 s: the rate of 'requests' \(1 in 60 s\), for another 55"
+    ):
         await gate.call(trip)
 
 
@@ -223,7 +227,7 @@ async def test_a_weight_that_will_never_fit_is_refused_at_once(weight: Any) -> N
         await gate.call(Starts())
     with pytest.raises(UsageError, match="weight"):
         await gate.permit(weight=weight).__aenter__()
-    assert (seen(gate).in_flight, seen(gate).waiting) == (0, 0)
+    assert all((key.in_flight, key.waiting) == (0, 0) for key in gate.statistics().values())
     async with gate.permit():
         assert seen(gate).in_flight == 1
 
@@ -313,23 +317,26 @@ async def test_a_gate_without_rates_settles_nothing() -> None:
 
 @pytest.mark.parametrize("rate", [None, TWO], ids=["without rates", "with rates"])
 @pytest.mark.parametrize("used", [5, {"tokens": -1}, {"tokens": "many"}, {"tokens": float("nan")}], ids=str)
-async def test_what_cannot_have_been_used_is_refused_and_nothing_stays_taken(used: Any, rate: Any) -> None:
-    """The permit comes back, as it does when the function itself fails."""
+async def test_what_cannot_have_been_used_loses_no_answer(
+    used: Any, rate: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has been paid for. The log has it once; a permit of one's own says so at once."""
     gate = new_gate(rate, used=lambda _: used)
-    with pytest.raises(UsageError, match=r"used=.*: expected amounts by the names of the rates, such as \{'tokens'"):
-        await gate.call(Starts())
+    for _ in range(2):
+        assert await gate.call(Starts(), "done") == "done"
     assert seen(gate).in_flight == 0
+    (told,) = caplog.records
+    assert "used= failed, so the call counts as what was reserved" in told.message
+    assert "expected amounts by the names of the rates, such as {'tokens'" in str(told.exc_info and told.exc_info[1])
     async with gate.permit() as permit:
         with pytest.raises(UsageError, match="used="):
             permit.settle(used)
 
 
-async def test_a_mistake_of_the_used_function_is_raised_and_nothing_stays_taken() -> None:
+async def test_a_mistake_of_the_used_function_loses_no_answer() -> None:
     gate = new_gate(TWO, used=lambda value: value["usage"])
-    with pytest.raises(TypeError):
-        await gate.call(Starts(), 5)
-    with pytest.raises(TypeError):
-        await gate.call(lambda: 5)
+    assert await gate.call(Starts(), 5) == 5
+    assert await gate.call(lambda: 5) == 5
     await asyncio.sleep(0.001)
     assert seen(gate).in_flight == 0
 
@@ -358,7 +365,8 @@ async def test_who_was_refused_gets_back_what_it_has_not_used(
         else:
             async with gate.permit(weight={"tokens": 50}):
                 raise error
-    assert seen(gate).tokens == {"requests": pytest.approx(left[0]), "tokens": pytest.approx(left[1])}
+    tokens = seen(gate).tokens
+    assert (tokens["requests"], tokens["tokens"]) == pytest.approx(left)
 
 
 async def test_a_permit_that_is_said_to_be_dropped_is_given_back_as_well() -> None:
@@ -377,7 +385,8 @@ async def test_a_refusal_has_cost_all_requests_that_it_was_to_count_for() -> Non
     with pytest.raises(HttpStatusError):
         async with gate.permit(weight={"requests": 3, "tokens": 50}):
             raise refused()
-    assert seen(gate).tokens == {"requests": pytest.approx(7), "tokens": pytest.approx(100)}
+    tokens = seen(gate).tokens
+    assert (tokens["requests"], tokens["tokens"]) == pytest.approx((7, 100))
 
 
 async def test_a_plain_request_that_never_left_is_not_counted() -> None:
@@ -439,3 +448,112 @@ async def test_a_job_knows_how_long_it_has_waited_for_the_rate() -> None:
     async with Executor() as executor, executor.as_completed(job, [1, 2]) as stream:
         waited = [outcome.waited async for outcome in stream]
     assert waited == pytest.approx([0, 2])
+
+
+# --- tokens that are not used ---
+
+
+async def test_who_is_cancelled_in_the_tick_of_its_admission_gives_its_tokens_back() -> None:
+    gate = new_gate(TWO, limit=1, weight=lambda _name, tokens: {"tokens": tokens})
+    async with gate.permit():
+        waiting = await start(lambda: gate.call(Starts(), "a", tokens=60))
+        assert seen(gate).waiting == 1
+    assert seen(gate).tokens["tokens"] == pytest.approx(40)
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    assert seen(gate).tokens == {"requests": pytest.approx(9), "tokens": pytest.approx(100)}
+    assert seen(gate).in_flight == 0
+
+
+@pytest.mark.parametrize("rate", [None, TWO], ids=["without rates", "with rates"])
+async def test_an_attempt_that_could_not_start_in_time_gives_its_tokens_back(rate: Any) -> None:
+    """A loop that lags may find a permit free after the end of the call's time."""
+    gate = new_gate(rate, retry=Retry(timeout=5))
+    trip = _AsyncCall(Starts(), (), {})
+    trip.weight = None if rate is None else {"tokens": 60}
+    with pytest.raises(AttemptTimeout, match="could not start in time"):
+        await gate.begin(trip, gate.service(None), asked=now() - 5)
+    assert (seen(gate).in_flight, seen(gate).attempts) == (0, 0)
+    assert seen(gate).tokens == ({} if rate is None else {"requests": 10, "tokens": 100})
+
+
+# --- what a server tells ---
+
+
+@pytest.mark.parametrize(("retry_after", "searched"), [(None, True), (0, True), (0.001, True), (2, False)])
+async def test_a_refusal_that_says_come_back_at_once_says_nothing(retry_after: float | None, searched: bool) -> None:
+    """The rate is searched for then, as it is where there is no hint at all."""
+    gate = new_gate(None)
+    trip = Starts(*[refused(retry_after)] * 3)
+    for _ in range(3):
+        with pytest.raises(HttpStatusError):
+            await gate.call(trip)
+    tokens = gate.service(None).tokens
+    assert tokens is not None
+    assert tokens.searching is searched
+
+
+NONE_LEFT = {"X-RateLimit-Limit": "10", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "30"}
+
+
+class Answer:
+    """What an HTTP library returns."""
+
+    def __init__(self, headers: Any) -> None:
+        self.headers = headers
+
+
+class Refusal(Exception):
+    """An error of an SDK's own, which carries the headers of its answer."""
+
+    headers = NONE_LEFT
+
+
+@pytest.mark.parametrize("threaded", [False, True], ids=["async", "thread"])
+@pytest.mark.parametrize("raised", [False, True], ids=["returned", "raised"])
+async def test_headers_that_an_answer_or_an_error_carries_are_obeyed(threaded: bool, raised: bool) -> None:
+    """Of any library: they are only asked for by name."""
+    gate = new_gate(None)
+
+    def in_thread() -> Answer:
+        if raised:
+            raise Refusal
+        return Answer(NONE_LEFT)
+
+    async def in_loop() -> Answer:
+        return in_thread()
+
+    with suppress(Refusal):
+        await gate.call(in_thread if threaded else in_loop)
+    trip = Starts()
+    await gate.call(trip)
+    assert 25 <= trip.at[0] <= 40
+
+
+class Touchy:
+    """Its headers cannot be had."""
+
+    @property
+    def headers(self) -> Any:
+        raise ValueError
+
+
+class TouchyMapping(dict[str, str]):
+    def __iter__(self) -> Any:
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    "value", [Touchy(), Answer(TouchyMapping(NONE_LEFT)), Answer({1: 2}), Answer([1]), Answer(None), 5, None, NONE_LEFT]
+)
+@pytest.mark.parametrize("threaded", [False, True], ids=["async", "thread"])
+async def test_no_answer_is_lost_over_its_headers(value: Any, threaded: bool) -> None:
+    gate = new_gate(None)
+
+    async def in_loop() -> Any:
+        return value
+
+    assert await gate.call((lambda: value) if threaded else in_loop) is value
+    assert seen(gate).tokens == {}
+    assert seen(gate).succeeded == 1

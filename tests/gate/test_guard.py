@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock import DeadlockError
-from penstock.gate.guard import LINGER, WATCH, Guard, guard_of
+from penstock import Adaptive, DeadlockError, Gate
+from penstock.gate.guard import LINGER, WATCH, WORTH_A_WARNING, Guard, guard_of
 from penstock.gate.guard_rule import (
     BACK,
     BEAT,
+    CALM,
     CUT,
+    LAGS,
     LAST_MARK,
     LEAST_AVAILABLE,
     LEAST_BEATS,
@@ -77,10 +79,35 @@ def test_a_loop_that_lags_starts_a_fifth_less_each_second_as_long_as_it_lasts() 
     assert beats.late(0.03, seconds=3 * WINDOW + 2 * BEAT) == pytest.approx(CUT**4)
 
 
-def test_one_long_lag_counts_for_a_second() -> None:
-    """It is cut once, grows no limit meanwhile, and is given back afterwards."""
+def test_one_long_lag_is_a_pause() -> None:
+    """It cuts nothing, but for a second no limit may grow."""
     beats = Beats()
     beats.late(0.0, seconds=5)
+    assert beats.late(0.2) == 1.0
+    assert beats.late(0.0, seconds=WINDOW - 2 * BEAT) == 1.0
+    assert beats.rule.lagging
+    beats.late(0.0, seconds=4 * BEAT)
+    assert not beats.rule.lagging
+
+
+def test_a_long_lag_among_others_that_are_not_short_cuts() -> None:
+    beats = Beats()
+    beats.late(CALM + 0.001, seconds=5)
+    assert beats.late(0.2) == CUT
+
+
+def test_each_long_lag_cuts_where_a_second_has_no_other() -> None:
+    """A loop that turns once in two seconds."""
+    beats = Beats()
+    beats.late(0.0, seconds=5)
+    assert beats.late(2.0, seconds=3 * (BEAT + 2.0)) == pytest.approx(CUT**3)
+
+
+def test_two_long_lags_within_a_second_count_for_a_second() -> None:
+    """They cut once, no limit grows meanwhile, and it is given back afterwards."""
+    beats = Beats()
+    beats.late(0.0, seconds=5)
+    beats.late(0.2)
     assert beats.late(0.2) == CUT
     assert beats.late(0.0, seconds=WINDOW - 2 * BEAT) == CUT
     assert beats.rule.lagging
@@ -98,10 +125,30 @@ def test_a_tenth_of_the_whole_comes_back_each_second() -> None:
     assert beats.late(0.0, seconds=2) == pytest.approx(before + 2 * RECOVERY)
 
 
-def test_a_loop_that_is_a_little_late_keeps_what_it_has() -> None:
+def test_the_nearer_the_lag_is_to_one_that_cuts_the_slower_it_comes_back() -> None:
+    """A little late, it comes back nevertheless: no share is kept for ever."""
+    low = None
+    came_back = []
+    for lag in (CALM, (CALM + LAGS) / 2, LAGS):
+        beats = Beats()
+        beats.late(0.03, seconds=8)
+        beats.late(lag, seconds=2 * WINDOW)
+        low = beats.rule.share
+        came_back.append(beats.late(lag, seconds=2) - low)
+    assert came_back == pytest.approx([2 * RECOVERY, RECOVERY, 0.0], abs=RECOVERY * 2 * (BEAT + LAGS))
     beats = Beats()
-    low = beats.late(0.2)
-    assert beats.late(0.01, seconds=30) == low
+    beats.late(0.03, seconds=8)
+    assert beats.late(0.01, seconds=60) == 1.0
+
+
+def test_a_pause_each_minute_does_not_hold_the_share_down() -> None:
+    """Nor does one of more than a second, though it cuts."""
+    for pause in (0.3, 1.5):
+        beats = Beats()
+        for _ in range(30):
+            beats.late(pause)
+            beats.late(0.008, seconds=60)
+            assert beats.rule.share == 1.0
 
 
 def test_time_without_a_beat_counts_as_calm() -> None:
@@ -281,6 +328,13 @@ async def stir_for(guard: Guard, seconds: float) -> None:
         await asyncio.sleep(BEAT)
 
 
+async def late_beat(guard: Guard, lag: float) -> None:
+    """The next beat comes late by so much, on a clock that only the test moves."""
+    guard.stir()
+    guard._due -= lag
+    await asyncio.sleep(BEAT)
+
+
 @pytest.mark.virtual_clock
 async def test_each_start_keeps_the_heart_beating_and_without_one_it_stops(guard: Guard) -> None:
     """Soon after the last one."""
@@ -393,6 +447,71 @@ async def test_short_memory_is_told_apart_when_it_is_the_work_of_others(
     assert guard.lagging
 
 
+@pytest.mark.virtual_clock
+async def test_a_loop_that_goes_on_lagging_is_told_once_and_once_when_it_is_over(
+    guard: Guard, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As soon as the gates use less than half of their limits, not before; each time anew."""
+    gate = Fake()
+    guard.add(gate)
+    loop = asyncio.get_running_loop()
+    with caplog.at_level(logging.INFO, "penstock.gate"):
+        for _ in range(2):
+            while guard.share >= WORTH_A_WARNING:
+                assert not caplog.records
+                await late_beat(guard, 0.03)
+            for _ in range(40):
+                await late_beat(guard, 0.03)
+            began = loop.time()
+            await stir_for(guard, 12.0)
+            warning, over = caplog.records
+            assert warning.levelno == logging.WARNING
+            assert "the event loop lags by 30 ms" in warning.getMessage()
+            assert "gates use 41 % of their limits" in warning.getMessage()
+            assert over.levelno == logging.INFO
+            assert "does not lag any more after " in over.getMessage()
+            assert guard.share == 1.0
+            assert loop.time() - began < 13
+            caplog.clear()
+
+
+@pytest.mark.virtual_clock
+async def test_a_lag_is_not_told_where_no_gate_is_in_use_or_memory_is_the_reason(
+    guard: Guard, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Fake(total=0)
+    guard.add(gate)
+    for _ in range(200):
+        await late_beat(guard, 0.03)
+    assert guard.share < WORTH_A_WARNING
+    await stir_for(guard, 15.0)
+    gate.total = 1000
+    guard.look = Machine(0.95)
+    await stir_for(guard, 8.0)
+    assert guard.share < WORTH_A_WARNING
+    (record,) = caplog.records
+    assert "memory is short" in record.getMessage()
+
+
+@pytest.mark.virtual_clock
+async def test_small_hiccups_do_not_keep_a_slow_service_from_being_measured(guard: Guard) -> None:
+    """20 ms are nothing of two seconds, though nobody knows the baseline before the first cohort is judged."""
+    gate = Gate("g", limit=Adaptive())
+
+    async def trips() -> None:
+        while True:
+            await gate.call(asyncio.sleep, 2.0)
+
+    tasks = [asyncio.ensure_future(trips()) for _ in range(8)]
+    for _ in range(round(20 / BEAT)):
+        await asyncio.sleep(BEAT)
+        gate.beat(1.0, 0.02, False)
+    assert gate.statistics()[None].baseline == pytest.approx(2.0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.virtual_clock
 async def test_one_that_raises_does_not_keep_the_others_from_being_told(
@@ -464,4 +583,4 @@ async def test_a_loop_that_is_blocked_is_noticed() -> None:
     share, lag, lagging = gate.beats[0]
     assert lag >= BLOCKED - 0.05
     assert lagging
-    assert share == CUT
+    assert share == CUT, "there was no other beat that was in time"

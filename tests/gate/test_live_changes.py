@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penstock import Gate, HttpStatusError, Rate, Retry, UsageError
+from penstock import Adaptive, Gate, HttpStatusError, Rate, Retry, UsageError
 from penstock.gate.breaker import Breaker
 from penstock.gate.limiter import LimitChange, LimitRule
 from penstock.gate.server_hints import Policy, ServerHints
@@ -175,12 +175,14 @@ async def _nothing(_key: str) -> None:
     return
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True, None, "8"])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, None, "8", Adaptive])
 async def test_what_is_no_limit_is_refused_and_the_old_one_stays(limit: Any) -> None:
     gate = Gate("g", limit=2)
     await start(lambda: gate.call(asyncio.sleep, 0))
     with pytest.raises(UsageError, match=r"limit=.*: expected a whole number of at least 1"):
         gate.limit = limit
+    with pytest.raises(UsageError, match=r"limit=.*: expected a whole number of at least 1"):
+        Gate("g", limit=limit)
     assert (gate.limit, seen(gate).limit) == (2, 2)
 
 
@@ -190,6 +192,40 @@ async def test_a_rule_is_told_what_the_client_cannot_exceed() -> None:
     await gate.call(asyncio.sleep, 0)
     gate.limit = rule
     assert rule.made[0].most == 100
+
+
+async def test_keys_in_use_share_out_what_the_client_has() -> None:
+    """All together use no more connections than there are; what a key has that is at rest is the others'."""
+    rule, gate = Steps(100), Gate("g", limit=Steps(100), retry=ONCE)
+    gate.limit = rule
+    gate.bound(12)
+    async with gate.permit(key="a"):
+        gate.beat(1.0, 0.0, False)
+        assert rule.made[0].told == []
+        async with gate.permit(key="b"), gate.permit(key="c"):
+            gate.beat(1.0, 0.0, False)
+            gate.beat(1.0, 0.0, False)
+            assert [key.limit for key in gate.statistics().values()] == [4, 4, 4]
+        gate.beat(1.0, 0.0, False)
+    assert [each.told for each in rule.made] == [["cap 4", "cap 12"], ["cap 4"], ["cap 4"]]
+
+
+async def test_what_is_shared_out_is_as_little_as_the_server_has_said_and_one_at_least() -> None:
+    rule = Steps(100)
+    gate = Gate("g", limit=rule, retry=ONCE)
+    gate.bound(2)
+    async with gate.permit(key="a") as first, gate.permit(key="b"), gate.permit(key="c"):
+        first.learn({"x-ratelimit-concurrency-limit": "50"})
+        gate.beat(1.0, 0.0, False)
+        assert [key.limit for key in gate.statistics().values()] == [1, 1, 1]
+
+
+async def test_a_number_that_somebody_has_set_is_not_shared_out() -> None:
+    gate = Gate("g", limit=5, retry=ONCE)
+    gate.bound(2)
+    async with gate.permit(key="a"), gate.permit(key="b"):
+        gate.beat(1.0, 0.0, False)
+        assert [key.limit for key in gate.statistics().values()] == [5, 5]
 
 
 async def test_a_rule_that_comes_later_keeps_to_what_the_server_has_said() -> None:
@@ -347,3 +383,56 @@ async def test_what_is_no_breaker_is_refused_and_the_old_one_stays(breaker: Any)
     with pytest.raises(UsageError, match=r"breaker=.*: expected a Breaker\(\), or None for none"):
         gate.breaker = breaker
     assert gate.breaker == old
+
+
+async def test_attempts_that_began_without_a_breaker_do_not_count_for_one_that_comes_later() -> None:
+    gate = Gate("g", limit=4, breaker=None, retry=ONCE)
+
+    async def hang() -> None:
+        await asyncio.sleep(1)
+        await _fail()
+
+    failing = await start(lambda: gate.call(hang))
+    gate.breaker = Breaker(calls=1)
+    gate.breaker = None
+    failing += await start(lambda: gate.call(hang))
+    gate.breaker = Breaker(calls=1)
+    await asyncio.wait(failing)
+    assert seen(gate).breaker == "closed"
+    with pytest.raises(HttpStatusError):
+        await gate.call(_fail)
+    assert seen(gate).breaker == "open"
+
+
+async def test_a_call_under_way_goes_by_a_new_policy_from_its_next_attempt_on() -> None:
+    """And so do those that come later."""
+    gate = Gate("g", retry=Retry(attempts=5, wait=10))
+    (under_way,) = await start(lambda: gate.call(_fail))
+    gate.retry = Retry(attempts=2, wait=0, timeout=30)
+    assert gate.retry == Retry(attempts=2, wait=0, timeout=30)
+    with pytest.raises(HttpStatusError):
+        await under_way
+    assert seen(gate).attempts == 2
+    gate.retry = ONCE
+    with pytest.raises(HttpStatusError):
+        await gate.call(_fail)
+    assert seen(gate).attempts == 3
+
+
+async def test_a_new_policy_is_obeyed_before_the_first_call_and_has_no_time_to_keep_to_if_it_says_so() -> None:
+    gate = Gate("g", limit=1, retry=ONCE)
+    gate.retry = Retry(attempts=1, timeout=None, budget=None)
+    async with gate.permit():
+        (waiting,) = await start(lambda: gate.call(asyncio.sleep, 0))
+        gate.retry = Retry(attempts=1, timeout=5)
+        await asyncio.sleep(10)
+        assert not waiting.done()  # it goes on within the time that it had
+    await waiting
+
+
+@pytest.mark.parametrize("retry", [5, Retry, True])
+async def test_what_is_no_policy_is_refused_and_the_old_one_stays(retry: Any) -> None:
+    gate, old = Gate("g"), Gate("g").retry
+    with pytest.raises(UsageError, match=r"retry=.*: expected a policy"):
+        gate.retry = retry
+    assert gate.retry == old

@@ -226,12 +226,12 @@ async def test_a_permit_says_how_it_stands() -> None:
 # --- misuse ---
 
 
-@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "10"], ids=repr)
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf"), "10", True, 3_601], ids=repr)
 async def test_a_pause_that_is_no_time_is_refused(seconds: Any) -> None:
     """And the permit stays as it was."""
     gate = Gate("g", limit=1)
     async with gate.permit() as permit:
-        with pytest.raises(UsageError, match=r"retry_after=.*: expected seconds of at least 0, or None"):
+        with pytest.raises(UsageError, match=r"retry_after=.*: expected seconds from 0 to 3600, or None"):
             permit.drop(retry_after=seconds)
     assert seen(gate).succeeded == 1
 
@@ -318,3 +318,76 @@ def test_a_cancel_at_any_step_gives_the_permit_back(said: str | None) -> None:
         return Gate("g", limit=2, rate=Rate(2, burst=2))
 
     assert cancel_at_every_step(scenario, arrange=arrange, check=check) >= 8
+
+
+# --- a limit that is somebody else's rule, and fails ---
+
+
+class Failing(Listening):
+    """A rule with a mistake in it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(limit=1)
+        self.where = where
+
+    def started(self, now: float) -> int:
+        if self.where == "started":
+            raise ZeroDivisionError
+        return super().started(now)
+
+    def ended(self, mark: int, now: float, rtt: float | None, dropped: bool) -> LimitChange | None:
+        if self.where == "ended":
+            raise ZeroDivisionError
+        return super().ended(mark, now, rtt, dropped)
+
+
+@pytest.mark.parametrize("where", ["started", "ended"])
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+@pytest.mark.parametrize("threaded", [False, True], ids=["async", "thread"])
+async def test_a_mistake_of_a_rule_leaks_no_permit_of_a_call(where: str, fails: bool, threaded: bool) -> None:
+    """Whoever comes next waits for nobody."""
+    gate = Gate("g", limit=Failing(where), retry=ONCE)
+
+    def in_thread() -> None:
+        if fails:
+            raise status(503)
+
+    async def in_loop() -> None:
+        in_thread()
+
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            await gate.call(in_thread if threaded else in_loop)
+        async with asyncio.timeout(10):
+            while seen(gate).in_flight:  # the thread says so itself
+                await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("where", ["started", "ended"])
+@pytest.mark.parametrize("error", [None, status(503), asyncio.CancelledError()], ids=["works", "fails", "cancelled"])
+async def test_a_mistake_of_a_rule_leaks_no_permit_of_a_block(where: str, error: BaseException | None) -> None:
+    gate = Gate("g", limit=Failing(where), retry=ONCE)
+    permit = gate.permit()
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            async with permit:
+                if error is not None:
+                    raise error
+        assert seen(gate).in_flight == 0
+        assert repr(permit) == "<Permit of 'g' not held>"
+
+
+# --- what a server tells ---
+
+
+async def test_a_block_may_hand_on_what_the_server_says_of_its_rates() -> None:
+    gate = Gate("g", retry=ONCE)
+    async with gate.permit() as permit:
+        permit.learn({"Content-Type": "text/plain"})
+        assert seen(gate).tokens == {}
+        permit.learn({"X-RateLimit-Limit": "10", "X-RateLimit-Remaining": "0", "X-RateLimit-Reset": "30"})
+    asked = now()
+    async with gate.permit():
+        assert 25 <= now() - asked <= 40
+    with pytest.raises(UsageError, match="not held"):
+        permit.learn({})

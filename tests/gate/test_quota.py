@@ -418,3 +418,33 @@ def test_no_answers_make_anybody_wait_for_more_than_an_hour_or_for_no_number(
         due = quota.due(1.0, now)
         assert due <= now + LONGEST_HINT + 1.0
         assert not math.isnan(due)
+
+
+def refilling() -> Quota:
+    bucket = quota(4, 0.1, of=4, window=1.0)
+    for step in range(1, 5):
+        bucket.take(1.0, step * 0.05)
+        bucket.learn(4, 0.1, 4, 1.0, 0, step * 0.05)
+    return bucket
+
+
+def test_a_refilling_quota_is_at_rest_when_half_of_it_is_there_again() -> None:
+    """Or when nothing was heard of it for so long that nothing is known."""
+    bucket = refilling()
+    bucket.take(4.0, 0.2)
+    assert not bucket.at_rest(0.25)
+    assert bucket.at_rest(3.0)
+    empty = quota(2, 0.5, of=1, window=40.0)
+    for step in range(1, 9):
+        empty.take(1.0, step * 0.1)
+        empty.learn(2, 0.5, 1, 40.0, 0, step * 0.1)
+    empty.learn(0, 0.5, 1, 40.0, 0, 1.0)
+    empty.take(1_000.0, 1.0)
+    assert not empty.at_rest(80.0)
+    assert empty.at_rest(81.0)
+
+
+def test_the_time_until_a_reset_is_never_negative() -> None:
+    """It is over then."""
+    assert quota(reset=10.5).reset_in(4.0) == 6.5
+    assert quota(reset=10.5).reset_in(40.0) == 0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock.errors import UsageError
+from penstock.gate.quota import LIES
 from penstock.gate.rate import (
     EARLY,
     MOST_QUOTAS,
@@ -305,10 +306,34 @@ def test_a_rate_below_one_request_lets_none_through() -> None:
 
 @pytest.mark.parametrize("amount", [-1, math.nan, math.inf, True, "3", None])
 def test_amounts_are_numbers_from_0(amount: Any) -> None:
-    """Also where nothing has a rate."""
-    for meter in (Meter(), Meter(Rate(5))):
+    """Also where nothing has a rate: they are checked when they are given. The message shows both ways to write it."""
+    with pytest.raises(UsageError, match=r"'tokens' is .*, expected a number of at least 0. Write a weight of 3"):
+        amounts({"tokens": amount})
+    if amount is not None:
         with pytest.raises(UsageError, match="expected a number of at least 0"):
-            meter.refuse_what_never_fits({REQUESTS: amount})
+            amounts(amount)
+
+
+def test_names_of_amounts_are_text() -> None:
+    """Anything else cannot be the name of a rate."""
+    with pytest.raises(UsageError, match="5 is no name"):
+        amounts({5: 1})  # type: ignore[dict-item]
+
+
+def test_amounts_stay_as_they_were_given() -> None:
+    """What is taken is what will be settled, whatever becomes of the mapping."""
+    weight = {"tokens": 5.0}
+    taken = amounts(weight)
+    weight["tokens"] = -1
+    assert taken == {"tokens": 5}
+
+
+def test_integers_beyond_all_floats_are_refused() -> None:
+    """Nothing could be computed with them."""
+    with pytest.raises(UsageError, match="expected a number above 0"):
+        Rate(10**400)
+    with pytest.raises(UsageError, match="expected a number of at least 0"):
+        amounts(10**400)
 
 
 def test_a_dimension_without_a_rate_is_a_mistake_where_others_have_one() -> None:
@@ -318,6 +343,27 @@ def test_a_dimension_without_a_rate_is_a_mistake_where_others_have_one() -> None
     Meter({"tokens": Rate(5)}).refuse_what_never_fits({REQUESTS: 2, "tokens": 3})
     Meter().refuse_what_never_fits({"tokens": 3})
     Meter().refuse_what_never_fits(None)
+
+
+def test_what_was_used_has_a_rate_or_is_told_by_the_server() -> None:
+    """Anything else is misspelt, and would be lost without a word. Without any rate nothing is known to be wrong."""
+    Meter().refuse_unknown({"token": 3})
+    meter = Meter({"tokens": Rate(5)})
+    meter.refuse_unknown({"tokens": 3, REQUESTS: 0})
+    with pytest.raises(UsageError, match=r"used=.*: there is no rate named 'output_tokens', only 'tokens'"):
+        meter.refuse_unknown({"output_tokens": 3})
+    meter.learn(told(3, unit="output-tokens"), 0, 0.0)
+    meter.refuse_unknown({"output_tokens": 3, "output-tokens": 3})
+
+
+def test_a_server_cannot_fill_the_memory_with_units() -> None:
+    """The newest one is known in any case."""
+    meter = Meter(Rate(5))
+    for number in range(10 * MOST_QUOTAS):
+        meter.learn(told(3, unit=f"u{number}"), 0, 0.0)
+        meter.refuse_unknown({f"u{number}": 1})
+    with pytest.raises(UsageError):
+        meter.refuse_unknown({"u0": 1})
 
 
 # --- live changes ---
@@ -496,12 +542,13 @@ def test_what_nobody_counts_is_obeyed_when_it_is_used_up() -> None:
 
 
 def test_a_server_cannot_fill_the_memory_with_policies() -> None:
-    """Those that came first stay."""
+    """The newest ones take the places of those that were heard of longest ago."""
     meter = Meter()
     for number in range(3 * MOST_QUOTAS):
         meter.learn(told(10, name=f"p{number}"), 0, 0.0)
         meter.learn(told(0, 5.0 + number, name=f"p{number}", unit="tokens"), 0, 0.0)
-    assert meter.delay(None, 0.0) == 5 + MOST_QUOTAS - 1
+    assert meter.delay(None, 0.0) == 5 + 3 * MOST_QUOTAS - 1
+    assert len(meter.told(0.0)) == MOST_QUOTAS
     meter.learn(told(0, 2.5, name="p0"), 0, 0.0)
     for number in range(3 * MOST_QUOTAS):
         meter.learn(told(5, name=f"p{number}", unit="tokens"), 0, 0.0)
@@ -541,3 +588,169 @@ def test_refusals_without_a_word_start_a_search_and_quiet_ends_it() -> None:
     assert meter.delay(None, 302.0) == 0
     assert not meter.searching
     assert not meter.active
+
+
+# --- forgetting ---
+
+
+def test_a_quota_that_is_told_of_no_longer_is_dropped_after_a_minute() -> None:
+    """Another plan has replaced it, and is all that counts from then on."""
+    meter = Meter()
+    meter.learn(told(0, 3_000.0, name="basic", window=20.0), 0, 0.0)
+    meter.learn(told(50, 9.5, name="pro"), 0, 59.0)
+    assert meter.delay(None, 59.0) > 2_000
+    meter.learn(ServerHints(3.0, ()), 0, 60.0)
+    assert meter.told(60.0).keys() == {"basic", "pro"}
+    meter.learn(told(50, 9.5, name="pro"), 0, 60.0)
+    assert meter.told(60.0).keys() == {"pro"}
+    assert meter.delay(None, 60.0) == 0
+
+
+def test_a_long_quota_is_kept_for_two_windows() -> None:
+    """A server may tell of it only now and then."""
+    meter = Meter()
+    meter.learn(told(10, 300.0, name="long", window=300.0), 0, 0.0)
+    meter.learn(told(50, 9.5, name="short"), 0, 599.0)
+    assert "long" in meter.told(599.0)
+    meter.learn(told(50, 9.5, name="short"), 0, 600.0)
+    assert "long" not in meter.told(600.0)
+
+
+def test_the_place_of_the_quota_heard_of_longest_ago_is_taken() -> None:
+    """Not that of the one that came first."""
+    meter = Meter()
+    for number in range(MOST_QUOTAS):
+        meter.learn(told(10, name=f"p{number}"), 0, float(number))
+    meter.learn(told(10, name="p0"), 0, 20.0)
+    meter.learn(told(10, name="new"), 0, 21.0)
+    assert meter.told(21.0).keys() == {"p0", "new"} | {f"p{number}" for number in range(2, MOST_QUOTAS)}
+
+
+def test_what_was_used_up_and_is_not_any_more_leaves_nothing_behind() -> None:
+    """The meter need not even be asked."""
+    meter = Meter()
+    meter.learn(told(0, 5.0, unit="tokens"), 0, 0.0)
+    assert meter.told(1.0) == {"default": 0}
+    assert meter.told(5.0) == {}
+    assert meter.active
+    meter.learn(told(3, 5.0, unit="bytes", name="other"), 0, 5.0)
+    assert not meter.active
+
+
+def test_a_meter_is_at_rest_when_all_its_buckets_are_full() -> None:
+    """Who forgets it then loses nothing; also after its rates have changed."""
+    assert Meter().at_rest(0.0)
+    meter = Meter(Rate(1, burst=5))
+    assert meter.at_rest(0.0)
+    meter.take(None, 0.0)
+    assert not meter.at_rest(0.9)
+    assert meter.at_rest(1.0)
+    meter.set_rates(Rate(0.5, burst=5))
+    assert not meter.at_rest(0.9)
+
+
+def test_a_meter_is_not_at_rest_while_a_reset_is_to_come() -> None:
+    """Of what is counted, and of what is only noted."""
+    meter = Meter()
+    meter.learn(told(3, 5.5), 0, 0.0)
+    meter.learn(told(0, 9.5, unit="tokens", name="t"), 0, 0.0)
+    assert not meter.at_rest(5.0)
+    assert not meter.at_rest(9.0)
+    assert meter.at_rest(9.5)
+
+
+def test_a_meter_is_not_at_rest_while_it_searches() -> None:
+    """What refusals have taught would have to be paid for again."""
+    meter = Meter()
+    meter.throttled(1.0, hinted=False, queueing=False)
+    assert meter.rate_found(1.0) is not None
+    assert not meter.at_rest(300.0)
+    assert meter.at_rest(301.0)
+    assert meter.rate_found(301.0) is None
+
+
+# --- servers that lie ---
+
+
+def test_a_server_that_always_says_that_nothing_is_left_is_disbelieved() -> None:
+    """Each answer is a success: after some dozens nothing waits for it, until there is something left."""
+    meter = Meter()
+    now = 0.0
+    for _ in range(LIES):
+        now += meter.delay(None, now) + 0.01
+        meter.take(None, now)
+        meter.learn(told(0, 0.0), 0, now)
+        meter.succeeded(now)
+    for _ in range(1_000):
+        assert meter.delay(None, now) == 0
+        meter.take(None, now)
+        meter.learn(told(0, 0.0), 0, now)
+        meter.succeeded(now)
+    assert meter.told(now) == meter.tokens(now) == {}
+    assert meter.wait_reason(now) is None
+    meter.learn(told(2, 5.5), 0, now)
+    assert meter.told(now) == {"default": 2}
+
+
+def test_a_refusal_makes_it_believed_again_and_for_longer() -> None:
+    """It was true: a bucket of one tells nothing else."""
+    meter = Meter()
+
+    def lies(count: int) -> bool:
+        for _ in range(count):
+            meter.learn(told(0, 0.0), 0, 1.0)
+            meter.succeeded(1.0)
+        return meter.told(1.0) == {}
+
+    assert not lies(LIES - 1)
+    meter.throttled(1.0, hinted=True, queueing=False)
+    assert not lies(LIES - 1)
+    assert lies(1)
+    meter.learn(told(0, 0.0), 0, 1.0)
+    meter.throttled(1.0, hinted=True, queueing=False)
+    assert not lies(2 * LIES - 1)
+    assert lies(1)
+
+
+def test_a_quota_that_is_used_up_until_later_is_always_believed() -> None:
+    """A bucket of one, filled once a second: each success has taken the last."""
+    meter = Meter()
+    for step in range(5 * LIES):
+        meter.learn(told(0, 1.0, quota=1), 0, float(step))
+        meter.succeeded(float(step))
+    assert meter.delay(None, 5.0 * LIES - 1) > 0.5
+
+
+# --- in words ---
+
+
+def test_the_reason_to_wait_is_named() -> None:
+    """The slowest of all that hold it back, what it allows, and for how long."""
+    meter = Meter({REQUESTS: Rate(50, burst=1), "tokens": Rate(90_000, per=60, burst=3_000)})
+    assert meter.wait_reason(0.0) is None
+    meter.take({"tokens": 3_000}, 0.0)
+    assert meter.wait_reason(0.0, {"tokens": 0}) == "the rate of 'requests' (50 in 1 s), for another 0.0 s"
+    assert meter.wait_reason(0.0, {"tokens": 1_500}) == "the rate of 'tokens' (90000 in 60 s), for another 1.0 s"
+    meter.set_rates(None)
+    meter.learn(told(0, 358.5, name="bytes", unit="bytes"), 0, 0.0)
+    assert meter.wait_reason(0.0) == "the server's quota 'bytes' (0 left, reset in 359 s), for another 358.5 s"
+    meter.learn(told(0, 500.5, name="minute"), 0, 0.0)
+    assert meter.wait_reason(0.0) == "the server's quota 'minute' (0 left, reset in 501 s), for another 500.5 s"
+    assert "'bytes'" in str(meter.wait_reason(0.0, {REQUESTS: 0}))
+
+
+def test_a_change_of_rates_is_seen_in_the_reason() -> None:
+    """The bucket is converted first."""
+    meter = Meter(Rate(10, burst=1))
+    meter.take(None, 0.0)
+    meter.set_rates(Rate(1, burst=1))
+    assert meter.wait_reason(0.0) == "the rate of 'requests' (1 in 1 s), for another 1.0 s"
+
+
+def test_a_rate_found_by_refusals_is_a_reason_too() -> None:
+    """With what it is at present."""
+    meter = Meter()
+    meter.throttled(1.0, hinted=False, queueing=False)
+    meter.take(None, 1.0)
+    assert meter.wait_reason(1.0) == "the rate found by refusals (0.5/s), for another 2.0 s"
+    assert meter.rate_found(1.0) == 0.5

@@ -582,12 +582,30 @@ async def test_a_refusal_says_when_to_come_back_if_it_is_to(quota: Quota, wait: 
         (lambda: SimulatedService(service_time="fast"), "a function of a random.Random"),  # type: ignore[arg-type]
         (lambda: SimulatedService().change(speed=3), "has no 'speed'"),  # type: ignore[call-arg]
         (lambda: SimulatedService().change(servers=0), "servers=0"),
+        (lambda: SimulatedService(quota=5), "quota=5: expected a Quota"),  # type: ignore[arg-type]
+        (lambda: SimulatedService(hole=1), "hole=1: expected True or False"),  # type: ignore[arg-type]
+        (lambda: SimulatedService(path=10**400), "path=10"),
+        (lambda: SimulatedService().change_in(-1.0, path=1), "change_in.*expected seconds"),
+        (lambda: SimulatedService().change_in("soon", path=1), "change_in"),  # type: ignore[arg-type]
+        (lambda: SimulatedService().change_in(math.nan, path=1), "change_in"),
+        (lambda: Quota("5"), "amount='5'"),  # type: ignore[arg-type]
+        (lambda: Quota(True), "amount=True"),
+        (lambda: Quota(5, per=None), "per=None"),  # type: ignore[arg-type]
+        (lambda: Quota(5, burst=math.nan), "burst=nan"),
+        (lambda: Quota(5, retry_after=3), "expected True or False"),  # type: ignore[arg-type]
         (lambda: Quota(0), "amount=0"),
         (lambda: Quota(1, burst=-1), "burst=-1"),
         (lambda: Quota(1, headers="some"), "headers='some'"),  # type: ignore[arg-type]
         (lambda: lognormal(0, 0.2), "a mean above 0"),
         (lambda: mixture((0.5, lognormal(1, 0))), "add up to 1"),
+        (lambda: lognormal("1", 0.2), "a mean above 0"),  # type: ignore[arg-type]
+        (lambda: lognormal(1, True), "a sigma of at least 0"),
+        (lambda: lognormal(math.nan, 0.2), "a mean above 0"),
         (lambda: mixture(), "positive numbers"),
+        (lambda: mixture((0.0, lognormal(1, 0)), (1.0, lognormal(1, 0))), "positive numbers"),
+        (lambda: mixture((True, lognormal(1, 0))), "pairs of a share and a function"),
+        (lambda: mixture((1.0, 0.5)), "pairs of a share and a function"),  # type: ignore[arg-type]
+        (lambda: mixture(0.5), "pairs of a share and a function"),  # type: ignore[arg-type]
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_at_once(mistake: Callable[[], object], message: str) -> None:

@@ -60,7 +60,7 @@ class JobRule:
         self._last = 0.0
         self._at_first: float | None = None
         """Share of the memory that is used when there are no jobs."""
-        self._seen: float | None = None
+        self._looked_at: float | None = None
         self._fitting: int | None = None
         """Jobs that fit, as of the last look at the memory."""
         self._short = False
@@ -72,7 +72,17 @@ class JobRule:
         """Memory was short, and not all jobs that are wanted may run again. It does not last for ever."""
         return self._ceiling is not None and not self._short
 
-    def beat(self, now: float, total: int, running: int, used: float | None, room: float | None, *, short: bool) -> int:
+    def beat(
+        self,
+        now: float,
+        total: int,
+        running: int,
+        used: float | None,
+        room: float | None,
+        *,
+        looked_at: float | None,
+        short: bool,
+    ) -> int:
         """The number of jobs from `now` on.
 
         Args:
@@ -80,11 +90,12 @@ class JobRule:
             running: jobs that have a slot.
             used: share of the memory that is in use; None where nobody knows.
             room: share of it that may be used in addition.
+            looked_at: when it was found to be so; None: never.
             short: memory is.
         """
         elapsed, self._last = now - self._last, now
-        if used is not None and room is not None and used != self._seen:
-            self._seen = used
+        if used is not None and room is not None and looked_at != self._looked_at:
+            self._looked_at = looked_at
             self._measure(running, used, room)
         if short:
             if not self._short:
@@ -132,7 +143,10 @@ class MeasuredJobs:
     def beat(self, share: float, lag: float, lagging: bool) -> None:
         """Look at the gates and the memory."""
         guard, slots, memory = self._guard, self._slots, self._guard.memory
-        limit = self._rule.beat(guard.now(), guard.total, slots.in_use, memory.used, memory.room, short=memory.short)
+        limit = self._rule.beat(
+            guard.now(), guard.total, slots.in_use, memory.used, memory.room,
+            looked_at=memory.looked_at, short=memory.short,
+        )  # fmt: skip
         if self._rule.recovering:
             guard.stir()  # the number goes on growing though no job may start for a while
         if limit != slots.limit:

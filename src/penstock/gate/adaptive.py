@@ -21,7 +21,8 @@ ten have ended. Those that are late, and the slowest tenth, count as the 90th pe
     refused:         L = n (1 - min(.5, max(.02, .4 share))), at most n - 1, at least L/2
     probe:           every max(10 s, 40 R), + 0..15 %:  R < R0: R0 = R, and probe again, lower;
                      R > 1.5 R0: R0 = R, L as before the cuts that led here, start phase;  else: R0 half the way to R
-    not all in use:  no growth; L falls to 2 peak + 8 by tenths
+    not all in use:  no growth; L falls to 2 peak + 8 by tenths. With a queue it falls as above, halved from the peak,
+                     so that each cut takes effect
 
 Why, and what goes wrong without it:
 
@@ -35,6 +36,10 @@ Why, and what goes wrong without it:
 * *Probes go on downwards while it gets faster*, so a first limit far above what the service can do does no harm.
 * *Tolerance by noise*: a fixed share is too tight for a noisy service and too lax for a quiet one. Noisy ones get
   larger cohorts, too, but not in the start phase, where being late costs more than being wrong.
+* *The queue is looked at though not all is in use*: as many as there are may be more than a service that got slower
+  can do.
+* *A cohort during which this process lagged* says nothing of times, and its probe is given up: L would stay at half as
+  long as that lasts. What it was refused counts: a refusal is not made by lag.
 * *A cohort begins when the limit is obeyed* (`_waiting`): what was sent before a cut cannot cause the next, and n is
   not what was in flight before.
 * *Refusals and failures are no samples*: an instant 429 is the quickest answer of all. They are counted over cohorts
@@ -156,12 +161,12 @@ class Adaptive(LimitRule):
     as many for a moment now and then, to see how fast the service is when it is not busy.
 
     Args:
-        start: the first limit.
+        start: the first limit; `min` or `max` if it is not between them.
         min: it never goes below.
         max: it never goes above; None: as many as there are connections or threads.
 
     Raises:
-        UsageError: a value that cannot work.
+        UsageError: no whole number of at least 1, or `min` is above `max`.
     """
 
     start: int = START
@@ -176,9 +181,10 @@ class Adaptive(LimitRule):
                 raise UsageError(
                     f"Adaptive({name}={value!r}): expected a whole number of at least 1 (round trips in flight)."
                 )
-        if not self.min <= self.start <= (self.start if self.max is None else self.max):
+        if self.max is not None and self.min > self.max:
             raise UsageError(
-                f"Adaptive(start={self.start}, min={self.min}, max={self.max}): expected min <= start <= max."
+                f"Adaptive(min={self.min}, max={self.max}): expected min <= max, "
+                f"such as Adaptive(min={self.max}, max={self.min})."
             )
 
     def limiter(self, now: float, most: int | None, rng: random.Random) -> Limiter:
@@ -378,7 +384,7 @@ class AdaptiveLimiter:
         if ended and self._restore is not None:
             self._learn_losses(now, ended)
         if not self._rtts or self._void:
-            return None
+            return self._give_up_probe(now)
         mean, self._noisiness, size = _mean_and_deviation(self._rtts, self._missing - self._places)
         tolerance = self._tolerance(size)
         if self._restore is not None:
@@ -399,11 +405,11 @@ class AdaptiveLimiter:
         self.baseline = base
         knee = n * min(1.0, base * (1 + tolerance) / mean)
         self.queue = n - knee
-        if self._peak < self.limit or n < BOUND * self.limit:
-            return self._spare(now)
         wait = mean - base
         if self.queue > max(TWO, MUCH_QUEUE * n) and wait > MUCH_WAIT:
             return self._shrink(now, mean, knee + max(TWO, MUCH_QUEUE * n))
+        if self._peak < self.limit or n < BOUND * self.limit:
+            return self._spare(now)
         self._shrunk_at = None
         self._before_cuts = 0.0
         self._vain = 0
@@ -435,7 +441,8 @@ class AdaptiveLimiter:
         self._shrunk_at = mean
         if self._vain >= VAIN_CUTS and self._can_probe():
             return self._probe(now, min(PROBE_COHORT, max(SMALLEST_COHORT, self.limit)))
-        return self._change(now, max(wanted, self._value / 2), "queue")
+        # From what was used: a cut that nobody feels would be one in vain.
+        return self._change(now, max(wanted, min(self._value, self._peak) / 2), "queue")
 
     def _grown(self) -> float:
         value = self._value
@@ -510,6 +517,15 @@ class AdaptiveLimiter:
         self._restore = self._value
         self._probe_size = size
         return self._change(now, self._value / 2, "probe")
+
+    def _give_up_probe(self, now: float) -> LimitChange | None:
+        """Nothing is known of the times of this cohort: if it was a probe, go on as if there had been none."""
+        value, self._restore = self._restore, None
+        if value is None:
+            return None
+        self._suspected = 0.0
+        self._probe_at = now + self._probe_interval(self.baseline or 0.0)
+        return self._change(now, value, "probe")
 
     def _end_probe(self, now: float, mean: float, tolerance: float) -> LimitChange | None:
         base = mean if self.baseline is None else self.baseline

@@ -63,8 +63,8 @@ class Breaker:
         share: failures among the attempts that ended in the window, from above 0 to 1, at which the circuit opens.
         calls: attempts in the window below which the share says nothing (Hystrix: 20; Polly and resilience4j: 100).
         window: seconds of looking back.
-        pause: seconds for which it opens, up to a fifth more or less; twice as long each time that a probe fails.
-            A `Retry-After` of the failure that opens it lengthens the pause.
+        pause: seconds for which it opens, up to a fifth more or less; twice as long each time that no probe worked. A
+            `Retry-After` of the failure that opens it lengthens the pause.
         longest: seconds that a pause lasts at most, `Retry-After` apart.
         connect_errors: attempts in a row that found no connection, at which it opens without looking at the share.
         probes: successes that close it again.
@@ -275,7 +275,8 @@ class Circuit:
         if failed is None:
             return False
         if failed:
-            self._open(self._doublings, now, retry_after)
+            # Where some probes work, the next pause is as long as the last one: there is a service to be found.
+            self._open(max(0, self._doublings - bool(self._successes)), now, retry_after)
             return True
         self._successes += 1
         if self._successes < self._breaker.probes:

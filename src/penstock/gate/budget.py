@@ -101,6 +101,10 @@ class RetryBudget:
         self._balance = max(0.0, balance - cost)
         return True
 
+    def refund(self, cost: float, now: float) -> None:
+        """A retry that was paid for is not made."""
+        self._balance = min(self._cap, self.balance(now) + cost)
+
     def affordable_in(self, cost: float, now: float) -> float | None:
         """Seconds until `withdraw` would pay, if nothing but the reserve came in; 0.0: now. None: never."""
         missing = cost - self.balance(now)

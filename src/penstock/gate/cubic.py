@@ -107,6 +107,12 @@ class Cubic:
             return -math.inf
         return self._next
 
+    def found(self, now: float) -> float | None:
+        """How many may start in a second, trials included; None where nothing is searched for."""
+        if not self.enabled or now >= self._last + QUIET:
+            return None
+        return 1.0 / self._trial if self._trial else self.rate(now)
+
     def take(self, now: float) -> None:
         """Count one that starts."""
         if self._trial:

@@ -39,9 +39,9 @@ from penstock.gate.limiter import LimitRule
 from penstock.gate.permit import Permit
 from penstock.gate.rate import Rates, Weight, amounts, checked_rates
 from penstock.gate.retry import Retry, RetryPolicy, check_timeout
-from penstock.gate.round_trip import RoundTrip
+from penstock.gate.round_trip import RoundTrip, headers_of
 from penstock.gate.server_hints import REQUESTS, ServerHints, hint_of, hints_of
-from penstock.gate.service import PROCESSING, KeyStatistics, Rules, Service, Tag
+from penstock.gate.service import PROCESSING, WORTH_TELLING, KeyStatistics, Rules, Service, Tag
 from penstock.outcome import FailureKind, classify, provably_unsent
 from penstock.threads.backlog import tell_of_backlog
 from penstock.threads.crossing import Crossing
@@ -58,8 +58,6 @@ MOST_IDLE_KEYS = 1_024
 DEFAULT_LIMIT = Adaptive()
 """Measured: no fixed number fits an unknown service."""
 DEFAULT_BREAKER = Breaker()
-WORTH_TELLING = 5.0
-"""Seconds of a pause that is logged. Arbitrary, because: a person begins to wonder."""
 JUST_NOW = 0.001
 """Seconds. Arbitrary, because: longer than the way into the queue, and nobody minds a deadline that is so much late."""
 LONGEST_PILE = 0.02
@@ -129,6 +127,9 @@ class Gate:
         self._used = used
         self._policy = RetryPolicy(self._retry)
         self._rng = random.Random(random.getrandbits(64))
+        self._told_of_used = False
+        self._sweep_at = MOST_IDLE_KEYS
+        """The number of keys at which idle ones are looked for."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._guard: Guard | None = None
         self._deadlines: Deadlines | None = None
@@ -280,6 +281,14 @@ class Gate:
         """The loop's heartbeat: what share of its limits it can carry, and how late it was. For the guard alone."""
         for service in self._services.values():
             service.beat(share, lag, lagging)
+        if self._rules.most is not None and len(self._services) > 1:
+            self._share_out(self._rules.most)
+
+    def _share_out(self, most: int) -> None:
+        """All keys together use no more than there is, such as connections."""
+        in_use = [service for service in self._services.values() if not service.idle]
+        for service in in_use:
+            service.bound(max(1, most // len(in_use)))
 
     def total_limit(self) -> int:
         """Round trips that the services in use can take at once, whatever the loop can carry."""
@@ -323,9 +332,14 @@ class Gate:
                 await self._wait_for_permit(trip, service, job, deadline, history, again=in_turn)
             started = now()
             if deadline is not None and started >= deadline:
+                service.give_tokens_back(trip.weight)
                 trip.over(service)
                 raise self._too_late(trip, "the attempt could not start in time", history)
-            tag = service.start(started, bool(history))
+            try:
+                tag = service.start(started, bool(history))
+            except BaseException:  # of a limit that is somebody else's rule
+                trip.over(service)
+                raise
             if guard.quiet:
                 guard.stir()
             if job is not None:
@@ -339,16 +353,21 @@ class Gate:
                 trip.over(service)
                 raise
             else:
-                service.end_well(tag, started, trip.rtt, cost)
-                if trip.headers is not None:
-                    self._learn(service, trip.headers, tag)
-                if self._used is not None:
-                    self._settle(trip, service, value, self._used)
+                try:
+                    service.end_well(tag, started, trip.rtt, cost)
+                    if trip.headers is not None:
+                        self.learn(service, trip.headers, tag)
+                    if self._used is not None:
+                        self._settle(trip, service, value, self._used)
+                except BaseException:
+                    trip.over(service)
+                    raise
                 return value
             try:
                 history.append(f"attempt {len(history) + 1} took {now() - started:.3f} s: {first_line(failure)}")
                 hint = hint_of(failure)
-                hints = None if trip.headers is None else self._learn(service, trip.headers, tag)
+                headers = headers_of(failure) if trip.headers is None else trip.headers
+                hints = None if headers is None else self.learn(service, headers, tag)
                 service.end_badly(tag, failure, trip.rtt, hint, hinted=hints is not None)
                 back_off = self._back_off(trip, service, failure, hint, history, asked, deadline)
                 self.refund(service, trip.weight, failure)
@@ -361,7 +380,7 @@ class Gate:
                 trip.rtt = trip.headers = None
                 trip.over(service)  # after a pause was noted, or the next in line would slip through before it
                 del failure  # its traceback holds this frame: a cycle that would keep the job's data alive
-            await self._sleep(trip, service, job, back_off, None if in_turn else cost, deadline, history)
+            await self._sleep(trip, service, job, back_off, cost, deadline, history, paid=in_turn)
 
     def stir(self) -> None:
         """A round trip begins that `begin` does not know."""
@@ -378,12 +397,16 @@ class Gate:
         if service.tokens is None:
             return
         if provably_unsent(failure):
-            service.settle(weight, dict.fromkeys([REQUESTS, *(weight or ())], 0.0))
+            service.give_tokens_back(weight)
         elif weight is not None and classify(failure) is FailureKind.THROTTLED:
             service.settle(weight, {name: 0.0 for name in weight if name != REQUESTS})
 
-    def _learn(self, service: Service, headers: Mapping[str, str], tag: Tag) -> ServerHints | None:
-        hints = hints_of(headers, now=clock.wall())
+    def learn(self, service: Service, headers: Mapping[str, str], tag: Tag) -> ServerHints | None:
+        """Obey what the headers of an answer say, if they say anything."""
+        try:
+            hints = hints_of(headers, now=clock.wall())
+        except Exception:  # noqa: BLE001  # somebody else's mapping: the answer must not be lost over its mistake
+            return None
         if hints is not None:
             service.learn(hints, tag)
         return hints
@@ -394,9 +417,10 @@ class Gate:
         try:
             if (amount := used(value)) is not None:
                 service.settle(trip.weight, amount)
-        except BaseException:
-            trip.over(service)
-            raise
+        except Exception:  # the answer is there, and has been paid for: it must not be lost over this
+            if not self._told_of_used:
+                self._told_of_used = True
+                logger.exception("gate %r: used= failed, so the call counts as what was reserved", self.name)
 
     def _back_off(
         self,
@@ -491,7 +515,7 @@ class Gate:
         if deadline is not None and asked + service.paused_for >= deadline:
             raise self._too_late(trip, f"gate {self.name!r} is paused for {service.paused_for:.1f} s", history)
         try:
-            if service.refuses:
+            if service.sends_away:
                 raise service.circuit_open()
             if deadline is None or self._waits is None or abs(asked + self._waits.timeout - deadline) > JUST_NOW:
                 async with asyncio.timeout_at(deadline):
@@ -536,21 +560,27 @@ class Gate:
         service: Service,
         job: RunningJob | None,
         duration: float,
-        cost: float | None,
+        cost: float,
         deadline: float | None,
         history: list[str],
+        *,
+        paid: bool,
     ) -> None:
-        """Back off, and then wait until the retry budget can afford `cost`, unless that is None."""
+        """Back off, and then wait until the retry budget can afford `cost`, unless it has been paid."""
         started = service.now()
         service.backing_off += 1
         try:
             await asyncio.sleep(duration)
-            if cost is not None:
+            if not paid:
                 async with asyncio.timeout_at(deadline):
                     await service.afford(cost)
         except TimeoutError as error:
             what = f"the retry budget of gate {self.name!r} had no room in {service.now() - started:g} s"
             raise self._too_late(trip, what, history) from error
+        except BaseException:
+            if paid:
+                service.refund(cost)
+            raise
         finally:
             service.backing_off -= 1
             if job is not None:
@@ -558,15 +588,16 @@ class Gate:
 
     def _add(self, key: Hashable) -> Service:
         assert self._loop is not None, "service() has bound the loop"
-        if len(self._services) >= MOST_IDLE_KEYS:
+        if len(self._services) >= self._sweep_at:
             self._drop_idle_keys()
+            self._sweep_at = max(MOST_IDLE_KEYS, 2 * len(self._services))  # or each new key would search all in use
         service = self._services[key] = Service(self._loop, self.name, self._rules, self._rng)
         return service
 
     def _drop_idle_keys(self) -> None:
-        # Half of them at once, so that the search through the keys in use is not paid for each new key.
+        # All but half as many, so that the search through the keys in use is not paid for each new key.
         idle = [key for key, service in self._services.items() if service.idle]
-        for key in idle[: MOST_IDLE_KEYS // 2]:
+        for key in idle[: -(MOST_IDLE_KEYS // 2)]:
             del self._services[key]
 
     def _move_to(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -591,7 +622,7 @@ class Gate:
 
 def _checked_limit(limit: int | LimitRule) -> int | LimitRule:
     number = isinstance(limit, int) and not isinstance(limit, bool) and limit >= 1
-    if not number and not callable(getattr(limit, "limiter", None)):
+    if not number and (isinstance(limit, type) or not callable(getattr(limit, "limiter", None))):
         raise UsageError(
             f"limit={limit!r}: expected a whole number of at least 1 (round trips in flight), or a rule that measures "
             f"it, such as Adaptive()."
@@ -629,6 +660,7 @@ class _AsyncCall(RoundTrip[Any]):
     async def attempt(self) -> Any:
         value = await self.fn(*self.args, **self.kwargs)
         refuse_coroutine(value, self)
+        self.headers = headers_of(value)
         return value
 
     def repeatable(self, _error: Exception) -> bool:

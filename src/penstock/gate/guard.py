@@ -8,8 +8,8 @@ comes to its end. Only while something is held back does it go on for `WATCH` se
 over.
 
 Guarantees: who is told raises nothing here, and hinders nobody else. Guard, gates and executors of one loop find each
-other here, and none of them keeps another or the loop alive. That memory is short is logged once when it begins and
-once when it is over. Loop thread only.
+other here, and none of them keeps another or the loop alive. That memory is short, and that gates use less than half of
+their limits because the loop lags, is logged once when it begins and once when it is over. Loop thread only.
 """
 
 import asyncio
@@ -30,6 +30,9 @@ LINGER = 2 * LOOK
 WATCH = 600.0
 """Seconds for which it is watched, after the last start, whether what holds back is over. Arbitrary, because: longer
 than jobs take that keep others waiting, as a rule, and each start begins them anew."""
+WORTH_A_WARNING = 0.5
+"""Share of the limits below which somebody should know that the loop lags. Arbitrary, because: half is reached after
+more than three seconds of it, and those are no hiccup."""
 
 
 class Guarded(Protocol):
@@ -64,6 +67,8 @@ class Guard:
         self._due = 0.0
         self._look_due = 0.0
         self._stirred = 0.0
+        self._lags_since: float | None = None
+        """Since when it is known from the log that the loop lags; None: it does not, or not much."""
 
     @property
     def share(self) -> float:
@@ -125,6 +130,7 @@ class Guard:
             self._look_at_memory(now)
         self.total = sum([self._limit_of(guarded) for guarded in list(self._told)])
         self._load.beat(now, lag, self.total, short=self.memory.short)
+        self._tell_of_lag(now)
         share, lagging = self.share, self.lagging
         for guarded in list(self._told):
             try:
@@ -143,6 +149,23 @@ class Guard:
         if not self._told.get(guarded, True):
             self._told[guarded] = True
             logger.exception("%r failed when it was told how busy its event loop is", guarded)
+
+    def _tell_of_lag(self, now: float) -> None:
+        share = self.share
+        if self._lags_since is None:
+            if share < WORTH_A_WARNING and self._load.lagging and self.total:
+                self._lags_since = now
+                logger.warning(
+                    "the event loop lags by %.0f ms: a callback or a coroutine without await blocks it, or it is out "
+                    "of CPU; gates use %.0f %% of their limits until that is over",
+                    1000 * self._load.worst, 100 * share,
+                )  # fmt: skip
+        elif share >= 1.0:
+            logger.info(
+                "the event loop does not lag any more after %.1f s: gates use all of their limits",
+                now - self._lags_since,
+            )
+            self._lags_since = None
 
     def _look_at_memory(self, now: float) -> MemoryUse | None:
         use = self.look()

@@ -5,7 +5,9 @@
 
 A loop that lags has more to do than its thread can: what is started in addition only waits, and is measured wrongly.
 So all gates of the loop start a fifth less, once a second, as long as it lasts, and come back by a tenth of the whole
-each second once it is over. The same while memory is short.
+each second once it is over, slower the nearer the lag still is to that. The same while memory is short. A single long
+lag among short ones is a pause, of the garbage collector for instance: what is measured then is wrong, but it says
+nothing about how much the loop can do.
 
 Memory is short when this process holds most of what it may, or when others have left next to nothing. What a process
 has freed it does not always give back to the system. So when nothing has come back for `PATIENCE` seconds, what is left
@@ -31,8 +33,10 @@ LAGS = 0.02
 """Seconds of median lag from which on a loop is overloaded: it turns fifty times a second at the most."""
 LAGS_ONCE = 0.1
 """Seconds of a single lag from which on it is, too. As asyncio's debug mode (`loop.slow_callback_duration`)."""
+LAGS_OFTEN = 2
+"""Such lags within `WINDOW` that cut though the others are short. Arbitrary, because: one is a pause."""
 CALM = 0.005
-"""Seconds of median lag below which more may be started again. CPython's own switch interval between threads."""
+"""Seconds of median lag below which all that may come back does. CPython's own switch interval between threads."""
 CUT = 0.8
 """Factor of a cut. Arbitrary, because: half is reached in three seconds, and one hiccup costs little."""
 RECOVERY = 0.1
@@ -69,7 +73,9 @@ class LoadRule:
     def __init__(self) -> None:
         self.share = 1.0
         self.lagging = False
-        """Whether the loop is overloaded: limits that are measured now must not grow."""
+        """Whether the loop is late, be it once: limits that are measured now must not grow."""
+        self.worst = 0.0
+        """The longest lag of the last `WINDOW`, in seconds."""
         self._lags: deque[tuple[float, float]] = deque()
         self._last: float | None = None
         self._cut_at: float | None = None
@@ -89,15 +95,19 @@ class LoadRule:
         ordered = sorted([lag for _, lag in lags])
         median = ordered[len(ordered) // 2]
         # Of the beats in a second, the 99th percentile is the worst one.
-        self.lagging = ordered[-1] > LAGS_ONCE or (len(ordered) >= LEAST_BEATS and median > LAGS)
+        self.worst = ordered[-1]
+        overloaded = len(ordered) >= LEAST_BEATS and median > LAGS
+        self.lagging = overloaded or self.worst > LAGS_ONCE
+        often = sum(lag > LAGS_ONCE for lag in ordered) >= LAGS_OFTEN
+        cut = short or overloaded or (self.lagging and (often or median > CALM))
         elapsed = 0.0 if self._last is None else now - self._last
         self._last = now
-        if self.lagging or short:
+        if cut:
             if self._cut_at is None or now - self._cut_at >= WINDOW:
                 self._cut_at = now
                 self.share *= CUT
-        elif median < CALM:
-            self.share += RECOVERY * elapsed
+        elif not self.lagging:
+            self.share += RECOVERY * elapsed * min(1.0, max(0.0, (LAGS - median) / (LAGS - CALM)))
         if self.share < 1.0 and total > 0:
             self.share = max(self.share, LEAST_IN_FLIGHT / total)
         self.share = min(1.0, self.share)
@@ -116,6 +126,8 @@ class MemoryRule:
         """When it became short."""
         self.by_others = False
         """It became short because others have left nothing."""
+        self.looked_at: float | None = None
+        """When it was looked at last; None: never."""
         self._lowest = 1.0
         self._lowest_at = 0.0
 
@@ -126,6 +138,7 @@ class MemoryRule:
 
     def look(self, now: float, use: MemoryUse) -> None:
         """Take in what is used `now`."""
+        self.looked_at = now
         self.used = used = use.used / use.allowed
         available = use.available / use.allowed
         if used < MARK - BACK:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from penstock.callables import refuse_coroutine
-from penstock.gate.round_trip import RoundTrip
+from penstock.gate.round_trip import RoundTrip, headers_of
 from penstock.gate.service import Service
 from penstock.outcome import FailureKind
 from penstock.permits import Companion, PermitQueue, take_first
@@ -73,6 +73,7 @@ class CallInThread(RoundTrip[Any]):
             raise
         self.rtt = call.ended - call.began
         refuse_coroutine(value, self)
+        self.headers = headers_of(value)
         return value
 
     def repeatable(self, _error: Exception) -> bool:

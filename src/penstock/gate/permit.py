@@ -5,14 +5,13 @@
 Loop thread only.
 """
 
-import math
 from collections.abc import Hashable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from penstock.context import current_job
 from penstock.errors import UsageError
-from penstock.gate.server_hints import hint_of
+from penstock.gate.server_hints import LONGEST_HINT, hint_of
 from penstock.permits import Weight
 
 if TYPE_CHECKING:
@@ -58,10 +57,19 @@ class Permit:
             UsageError: `retry_after` is no number of seconds of at least 0, or the permit is not held.
         """
         self._held()
-        if retry_after is not None and not (isinstance(retry_after, int | float) and 0 <= retry_after < math.inf):
-            raise UsageError(f"retry_after={retry_after!r}: expected seconds of at least 0, or None.")
+        number = isinstance(retry_after, int | float) and not isinstance(retry_after, bool)
+        if retry_after is not None and not (number and 0 <= retry_after <= LONGEST_HINT):
+            raise UsageError(f"retry_after={retry_after!r}: expected seconds from 0 to {LONGEST_HINT:g}, or None.")
         self._said = "dropped"
         self._pause = retry_after
+
+    def learn(self, headers: Mapping[str, str]) -> None:
+        """Obey what an answer tells of the server's rates: give the headers of each.
+
+        Raises:
+            UsageError: the permit is not held.
+        """
+        self._gate.learn(self._held(), headers, self._tag)
 
     def settle(self, used: Mapping[str, float]) -> None:
         """Say what the round trip really took of each rate: what was reserved beyond is given back, and the reverse.
@@ -87,11 +95,19 @@ class Permit:
             raise service.circuit_open()
         self._service = service
         if not service.take_nowait(None, self._weight):
+            if service.sends_away:
+                self._service = None
+                raise service.circuit_open()
             await self._wait(service)
         self._said = self._pause = None
         self._reserved = self._weight
         self._started = service.now()
-        self._tag = service.start(self._started, False)
+        try:
+            self._tag = service.start(self._started, False)
+        except BaseException:  # of a limit that is somebody else's rule
+            self._service = None
+            service.give_back()
+            raise
         self._gate.stir()
         return self
 

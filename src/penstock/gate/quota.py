@@ -22,6 +22,9 @@ How fast it goes:
 Nothing left: until the reset, and at a refilling server until so much has come in. A reset does not mean that all is
 there again: one may go, and if nothing is heard, two, four, ...
 
+Some servers always say that nothing is left, and until now, and refuse nobody. After some dozens of such successes it
+is believed no more, until there is something left, or one is refused: then it is believed for twice as many.
+
 Refusals while there should be something left (others were faster) make it slower for a while, once for each episode.
 
 Simulated (50 ms round trips, 128 in flight, resets exact or in whole seconds): one client uses at least 97 % of token
@@ -73,6 +76,14 @@ REMEMBERED = 10.0
 
 PATIENCE = 0.5
 """Seconds between trials after a reset, and for which a cut stands. Arbitrary, because: most answers take less."""
+LIES = 36
+"""Successes running that say "used up, until now": whoever says so does not count. Not fewer: a small bucket may tell
+the truth thus, where it rounds its resets down."""
+FORGOTTEN = 60.0
+"""Seconds, or two windows: what is not told of for so long, though others are, exists no longer. Arbitrary, because: an
+answer that leaves one out may be of another kind."""
+LONGEST_WINDOW = 3_600.0
+"""Seconds that count for that: no reset is later, so nothing is known of more."""
 SHORTEST = 1e-3
 """Seconds: instead of 0 where a time is divided by."""
 LONGEST_WAIT = 60.0
@@ -86,10 +97,10 @@ class Quota:
     """
 
     __slots__ = (
-        "_at", "_base", "_care", "_coarse", "_count", "_cut_at", "_granted", "_gross", "_inflow", "_late",
-        "_measured_at", "_measured_granted", "_measured_taken", "_next", "_others", "_quota", "_rate", "_refills",
-        "_reset_at", "_size", "_stepped_at", "_taken", "_told", "_trial_at", "_trials", "_window", "dimension",
-        "newest",
+        "_at", "_base", "_care", "_claimed", "_coarse", "_count", "_cut_at", "_granted", "_gross", "_inflow",
+        "_late", "_lies", "_measured_at", "_measured_granted", "_measured_taken", "_most_lies", "_next",
+        "_others", "_quota", "_rate", "_refills", "_reset_at", "_size", "_stepped_at", "_taken", "_told",
+        "_trial_at", "_trials", "_window", "dimension", "newest",
     )  # fmt: skip
 
     def __init__(self, dimension: str, now: float) -> None:
@@ -103,6 +114,11 @@ class Quota:
         """When something was heard last."""
         self._gross = 0.0
         self._count = 0
+        self._claimed = False
+        """Whether the newest answer says "used up, until now"."""
+        self._lies = 0
+        """Such answers running that were successes."""
+        self._most_lies = LIES
 
         self._quota = self._size = 1.0
         """What the server says; what was ever seen of it: a bucket may be smaller than what flows through it."""
@@ -136,6 +152,42 @@ class Quota:
         self._measured_granted = math.inf
         self._measured_taken = 0.0
 
+    @property
+    def heard(self) -> float:
+        """When the server told of it last."""
+        return self._at
+
+    @property
+    def disbelieved(self) -> bool:
+        """Whether it always says that nothing is left, though there is."""
+        return self._lies >= self._most_lies
+
+    def answered(self) -> None:
+        """One was a success. Those that say so and are refused do not come here between `learn` and `believe`."""
+        self._lies += self._claimed
+        self._claimed = False
+
+    def believe(self) -> None:
+        """One was refused: it is used up indeed."""
+        if self.disbelieved:
+            self._most_lies *= 2
+        self._lies = 0
+        self._claimed = False
+
+    def stale(self, now: float) -> bool:
+        """Whether it was not told of for so long that it exists no longer, if others are told of."""
+        return now >= self._at + max(FORGOTTEN, 2 * min(self._window, LONGEST_WINDOW))
+
+    def reset_in(self, now: float) -> float:
+        """Seconds until the reset."""
+        return max(0.0, self._reset_at - now)
+
+    def at_rest(self, now: float) -> bool:
+        """Whether nobody would have to wait, or would be too fast, who knew nothing of it."""
+        if now < max(self._reset_at, self._next, self._trial_at):
+            return False
+        return not self._refills or self.left(now) >= HALF * self._size or self.stale(now)
+
     def left(self, now: float) -> float:
         """What nobody has taken yet, as far as it is known."""
         left = self._granted - self._taken
@@ -145,6 +197,8 @@ class Quota:
 
     def due(self, weight: float, now: float) -> float:
         """When so much may be taken."""
+        if self.disbelieved:
+            return -math.inf
         left = self.left(now)
         need = self._needed(weight)
         if left >= need:
@@ -217,6 +271,9 @@ class Quota:
         self, remaining: float, reset: float, quota: float | None, window: float | None, in_flight: int, now: float
     ) -> None:
         """Take over what an answer says. `in_flight`: round trips that the server had not seen when it said so."""
+        self._claimed = remaining <= 0 and reset <= 0
+        if not self._claimed:
+            self._lies = 0
         outstanding = in_flight * (self._gross / self._count if self._count else 1.0)
         granted = remaining + self._taken - outstanding
         self._describe(remaining, reset, quota, window)

@@ -21,7 +21,7 @@ Pure: time is an argument, in seconds of any clock that does not go back. Nothin
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -71,7 +71,7 @@ class Rate:
         for name, value in (("amount", self.amount), ("per", self.per), ("burst", self.burst)):
             if name == "burst" and value is None:
                 continue
-            if not _is_number(value) or not 0 < value < math.inf:  # type: ignore[operator]
+            if not is_amount(value) or value == 0:
                 raise UsageError(
                     f"Rate({name}={value!r}): expected a number above 0. Write Rate(500, per=60) for 500 in a minute."
                 )
@@ -108,14 +108,32 @@ def checked_rates(rates: Rates | None) -> Rates | None:
 
 
 def amounts(weight: Weight | None) -> Mapping[str, float] | None:
-    """The form that a `Meter` takes: amounts by dimension, or None for one plain request."""
-    if weight is None or isinstance(weight, Mapping):
-        return weight
-    return None if weight == 1 else {REQUESTS: weight}
+    """The form that a `Meter` takes: amounts by dimension, or None for one plain request. A copy: it stays as it is.
+
+    Raises:
+        UsageError: neither a number of at least 0, nor a mapping of names to such numbers.
+    """
+    if weight is None:
+        return None
+    named = weight if isinstance(weight, Mapping) else {REQUESTS: weight}
+    for name, amount in named.items():
+        if not isinstance(name, str) or not is_amount(amount):
+            found = f"{name!r:.100} is {amount!r:.100}" if isinstance(name, str) else f"{name!r:.100} is no name"
+            raise UsageError(
+                f"weight={weight!r:.200}: {found}, expected a number of at least 0. "
+                f'Write a weight of 3 for three requests, or of {{"requests": 1, "tokens": 812}}.'
+            )
+    return None if weight == 1 else dict(named)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_amount(value: object) -> bool:
+    """A finite number of at least 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return 0 <= float(value) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 class _Bucket:
@@ -163,7 +181,7 @@ class Meter:
 
     __slots__ = (
         "_buckets", "_cubic", "_dimensions", "_quotas", "_requests", "_rescaled", "_slice", "_slice_from", "_started",
-        "_used_up", "active", "concurrency", "taken",
+        "_units", "_used_up", "active", "concurrency", "taken",
     )  # fmt: skip
 
     def __init__(self, rates: Rates | None = None) -> None:
@@ -187,7 +205,10 @@ class Meter:
         """Buckets whose rate has changed, with the interval that they had before."""
         self._quotas: dict[tuple[str, str], Quota] = {}
         self._used_up: dict[tuple[str, str], float] = {}
-        """When there is more of quotas in units in which nobody counts, and which are used up."""
+        """When there is more of quotas in units in which nobody counts, and which are used up. The one that was heard
+        of longest ago comes first."""
+        self._units: set[str] = set()
+        """Those that the server has named."""
         self._cubic = Cubic()
         self.set_rates(rates)
 
@@ -311,16 +332,13 @@ class Meter:
         """Refuse a weight for which no wait would ever be long enough.
 
         Raises:
-            UsageError: more than a whole `amount`; a dimension that has no rate while others have; an amount that is
-                negative, infinite or no number.
+            UsageError: more than a whole `amount`; a dimension that has no rate while others have.
         """
         if weight is None:
             weight = _ONE_REQUEST
         else:
             self._dimensions.update(weight)
         for name, amount in weight.items():
-            if not _is_number(amount) or not 0 <= amount < math.inf:
-                raise UsageError(f"weight={_shown(weight)}: {name!r} is {amount!r}, expected a number of at least 0.")
             bucket = self._buckets.get(name)
             if bucket is not None:
                 most = max(bucket.rate.amount, bucket.burst)
@@ -337,6 +355,20 @@ class Meter:
                     f"Write rate={{..., {name!r}: Rate(...)}}, or leave it out of the weight."
                 )
 
+    def refuse_unknown(self, used: Mapping[str, float]) -> None:
+        """Refuse what was used of something that nobody counts: most likely it is misspelt.
+
+        Raises:
+            UsageError: a dimension that has no rate while others have, and of which the server does not tell.
+        """
+        for name in used if self._buckets else ():
+            if name not in self._buckets and name != REQUESTS and name not in self._units:
+                known = ", ".join(repr(known) for known in self._buckets)
+                raise UsageError(
+                    f"used={dict(used)!r:.200}: there is no rate named {name!r}, only {known}, and the server tells of "
+                    f"none. Write rate={{..., {name!r}: Rate(...)}}, or leave it out."
+                )
+
     def learn(self, hints: ServerHints, in_flight: int, now: float, mark: int | None = None) -> None:
         """Take over what an answer says about the server's quotas. Call it before `throttled`.
 
@@ -350,7 +382,16 @@ class Meter:
         """
         for policy in hints.policies:
             self._learn(policy, in_flight, now, mark or None)
+        if hints.policies:
+            self._forget(now)
         self._arrange()
+
+    def _forget(self, now: float) -> None:
+        """Drop what is over, and what the server tells of no longer."""
+        for key in [key for key, quota in self._quotas.items() if quota.stale(now)]:
+            del self._quotas[key]
+        for key in [key for key, until in self._used_up.items() if until <= now]:
+            del self._used_up[key]
 
     def _learn(self, policy: Policy, in_flight: int, now: float, mark: int | None) -> None:
         if policy.unit == CONCURRENT:
@@ -360,6 +401,7 @@ class Meter:
         if policy.remaining is None or policy.reset is None:
             return
         key = policy.name, policy.unit
+        self._note_unit(policy.unit)
         dimension = self._dimension(policy.unit)
         if dimension is None:
             self._note(key, policy.remaining, now + policy.reset)
@@ -367,14 +409,16 @@ class Meter:
         quota = self._quotas.get(key)
         if quota is None:
             if len(self._quotas) >= MOST_QUOTAS:
-                return
+                del self._quotas[min(self._quotas, key=lambda key: self._quotas[key].heard)]
             quota = self._quotas[key] = Quota(dimension, now)
             self._used_up.pop(key, None)
         if mark is not None:
             if mark < quota.newest:
                 return
-            quota.newest = mark
             in_flight = min(in_flight, self._started - mark)
+        if quota.disbelieved and policy.remaining > 0:
+            quota = self._quotas[key] = Quota(dimension, now)  # what was learnt from lies is worth nothing
+        quota.newest = quota.newest if mark is None else mark
         quota.learn(policy.remaining, policy.reset, policy.quota, policy.window, in_flight, now)
 
     def _dimension(self, unit: str) -> str | None:
@@ -385,10 +429,17 @@ class Meter:
         return None
 
     def _note(self, key: tuple[str, str], remaining: float, until: float) -> None:
-        if remaining > 0:
-            self._used_up.pop(key, None)
-        elif key in self._used_up or len(self._used_up) < MOST_QUOTAS:
+        self._used_up.pop(key, None)
+        if remaining <= 0:
+            if len(self._used_up) >= MOST_QUOTAS:
+                del self._used_up[next(iter(self._used_up))]
             self._used_up[key] = until
+
+    def _note_unit(self, unit: str) -> None:
+        if unit not in self._units:
+            if len(self._units) >= 2 * MOST_QUOTAS:
+                self._units.clear()
+            self._units.update((unit, unit.replace("-", "_")))
 
     def throttled(self, now: float, hinted: bool, queueing: bool, mark: int | None = None) -> None:
         """A round trip was refused for being too many.
@@ -400,6 +451,7 @@ class Meter:
             mark: as of `learn`.
         """
         for quota in self._quotas.values():
+            quota.believe()
             if quota.dimension == REQUESTS:
                 quota.refused(now)
         if not hinted:
@@ -409,7 +461,9 @@ class Meter:
                 self._arrange()
 
     def succeeded(self, now: float) -> None:
-        """A round trip was answered, and not with a refusal."""
+        """A round trip was answered, and not with a refusal. Call it before or after `learn`."""
+        for quota in self._quotas.values():
+            quota.answered()
         self._cubic.succeeded(now)
 
     def tokens(self, now: float) -> dict[str, float]:
@@ -418,8 +472,59 @@ class Meter:
             self._rescale(now)
         tokens = {name: bucket.tokens(now) for name, bucket in self._buckets.items()}
         for quota in self._quotas.values():
-            tokens[quota.dimension] = min(tokens.get(quota.dimension, math.inf), quota.left(now))
+            if not quota.disbelieved:
+                tokens[quota.dimension] = min(tokens.get(quota.dimension, math.inf), quota.left(now))
         return tokens
+
+    def told(self, now: float) -> dict[str, float]:
+        """What is left of each quota that the server tells of, by the server's name for it."""
+        left = {name: 0.0 for (name, _), until in self._used_up.items() if until > now}
+        for (name, _), quota in self._quotas.items():
+            if not quota.disbelieved:
+                left[name] = min(left.get(name, math.inf), max(0.0, quota.left(now)))
+        return left
+
+    def rate_found(self, now: float) -> float | None:
+        """Requests a second, as found by refusals; None while there are none to find it by."""
+        return self._cubic.found(now)
+
+    def at_rest(self, now: float) -> bool:
+        """Whether nothing would be lost by forgetting all this: no bucket lacks anything, no reset is to come."""
+        if self._rescaled:
+            self._rescale(now)
+        return (
+            all(bucket.tat <= now for bucket in self._buckets.values())
+            and all(quota.at_rest(now) for quota in self._quotas.values())
+            and all(until <= now for until in self._used_up.values())
+            and self._cubic.found(now) is None
+        )
+
+    def wait_reason(self, now: float, weight: Mapping[str, float] | None = None) -> str | None:
+        """What holds a round trip of that weight back, and for how long, in words; None: nothing does."""
+        if self._rescaled:
+            self._rescale(now)
+        due, reason = max(self._reasons(now, weight), default=(-math.inf, ""))
+        return f"{reason}, for another {due - now:.1f} s" if due - now > EARLY else None
+
+    def _reasons(self, now: float, weight: Mapping[str, float] | None) -> Iterator[tuple[float, str]]:
+        for name, bucket in self._buckets.items():
+            amount = _amount(weight, name)
+            if amount > 0:
+                rate = bucket.rate
+                yield bucket.due(amount), f"the rate of {name!r} ({rate.amount:.12g} in {rate.per:.12g} s)"
+        for (told, _), quota in self._quotas.items():
+            amount = _amount(weight, quota.dimension)
+            if amount > 0:
+                yield quota.due(amount, now), _of_server(told, quota.left(now), quota.reset_in(now))
+        for (told, _), until in self._used_up.items():
+            yield until, _of_server(told, 0, until - now)
+        found = self._cubic.found(now)
+        if found is not None:
+            yield self._cubic.due(now), f"the rate found by refusals ({found:.3g}/s)"
+
+
+def _of_server(name: str, left: float, reset: float) -> str:
+    return f"the server's quota {name!r:.100} ({max(0, math.floor(left))} left, reset in {max(0, math.ceil(reset))} s)"
 
 
 _ONE_REQUEST: Mapping[str, float] = {REQUESTS: 1}

@@ -42,3 +42,17 @@ class RoundTrip(Protocol[T_co]):
     def why_waiting(self, _service: Service) -> str | None:
         """Why it may wait in vain, if that is known."""
         return None
+
+
+def headers_of(value: object) -> Mapping[str, str] | None:
+    """The headers that an answer or an error of any HTTP library carries; None where there are none."""
+    if value is None or type(value) in _WITHOUT_HEADERS:
+        return None
+    try:
+        headers = getattr(value, "headers", None)
+    except Exception:  # noqa: BLE001  # a property of the user's: its mistake must not end the round trip
+        return None
+    return headers if isinstance(headers, Mapping) else None
+
+
+_WITHOUT_HEADERS = frozenset({dict, list, str, bytes, int, float, bool, tuple})

@@ -12,9 +12,8 @@ import asyncio
 import logging
 import math
 import random
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -22,8 +21,8 @@ from penstock.errors import CircuitOpen, UsageError, first_line, status_of
 from penstock.gate.breaker import Breaker, Circuit, CircuitState
 from penstock.gate.budget import RetryBudget
 from penstock.gate.limiter import LimitChange, Limiter, LimitRule, Reason
-from penstock.gate.rate import Meter, Rates
-from penstock.gate.server_hints import ServerHints
+from penstock.gate.rate import Meter, Rates, is_amount
+from penstock.gate.server_hints import REQUESTS, ServerHints
 from penstock.gate.verdict import judge
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, classify
@@ -37,6 +36,12 @@ PROCESSING: Final = "processing"
 """What a queue waits for, beside the words of `permits.py`."""
 REMEMBERED_CHANGES = 32
 """Of the limit. Arbitrary, because: a minute of them, and a screen."""
+WORTH_TELLING = 5.0
+"""Seconds of a pause or a wait that is logged. Arbitrary, because: a person begins to wonder."""
+LEAST_PAUSE = 0.1
+"""Seconds. A server that asks for less tells nothing, as if it had only refused. Arbitrary, because: many send a 0."""
+ALL_REFUSED = 20
+"""Arbitrary, because: more than a burst at the start, and soon enough to look after it."""
 ONE_CHANGE = 1.0
 """Seconds for which changes of one kind are told as one. Arbitrary, because: a person reads them."""
 LEAST_LAG = 0.005
@@ -80,7 +85,8 @@ class KeyStatistics:
     deferred: int
     """Retries that wait until the retry budget has room for them."""
     tokens: dict[str, float]
-    """What each rate would let through at once."""
+    """What each rate would let through at once, by its name; what is left of each quota that the server tells of, as
+    "server: NAME"; and the rate that was found by refusals, as "found, a second"."""
     budget: float | None
     """Retries that may be made at once; None without a budget."""
     breaker: str | None
@@ -112,10 +118,10 @@ class Service(PermitQueue):
     """A key's queue, and what has happened there. Loop thread only."""
 
     __slots__ = (
-        "_answered", "_changes", "_deferred", "_fails_fast", "_last_beat", "_latest", "_left_behind", "_limiter",
-        "_limits", "_most", "_name", "_on_trial", "_opened", "_payday", "_probing", "_reasons", "_rng", "_share",
-        "_stale", "_waited", "_waited_for", "attempts", "backing_off", "budget", "circuit", "failed", "latency",
-        "refuses", "retries", "succeeded", "tokens",
+        "_answered", "_breaker", "_changes", "_deferred", "_epoch", "_last_beat", "_latest", "_left_behind",
+        "_limiter", "_limits", "_most", "_name", "_on_trial", "_opened", "_payday", "_probing", "_reasons", "_rng",
+        "_share", "_stale", "_told_until", "_unreachable", "_waited", "_waited_for", "attempts", "backing_off",
+        "budget", "circuit", "failed", "latency", "refuses", "retries", "succeeded", "tokens",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str, rules: Rules, rng: random.Random) -> None:
@@ -130,11 +136,15 @@ class Service(PermitQueue):
         self._changes: deque[LimitChange] = deque(maxlen=REMEMBERED_CHANGES)
         self._reasons: dict[str, int] = {}
         self.circuit: Circuit | None = None
+        self._epoch = 0
+        """The last breaker's epoch: attempts that begin without a breaker have none."""
         self._opened = 0
         self._latest = ""
         """The latest failure, for the message of who is not let through."""
         self._answered = False
-        """Whether the service has ever answered, be it with a refusal: else it is not worth waiting for."""
+        """Whether the service has ever answered, be it with a refusal."""
+        self._unreachable = False
+        """Whether the latest failure found no connection. A service that has never had one is not worth waiting for."""
         self._stale = 0
         """Attempts that began before the breaker opened: they take no probe's place."""
         self._left_behind = 0
@@ -145,9 +155,11 @@ class Service(PermitQueue):
         self.refuses = False
         """Whether the breaker is open and to fail fast."""
         self.budget = None if rules.budget is None else RetryBudget(rules.budget)
-        self._deferred: deque[tuple[asyncio.Future[None], float]] = deque()
+        self._deferred: OrderedDict[asyncio.Future[None], float] = OrderedDict()
         self._payday: asyncio.TimerHandle | None = None
         self.tokens: Meter | None = None
+        self._told_until = 0.0
+        """Until when there is nothing new to tell of a wait for tokens."""
         self.attempts = 0
         self.backing_off = 0
         """Callers that will come back for their next attempt: the key is in use."""
@@ -166,9 +178,14 @@ class Service(PermitQueue):
 
     @property
     def idle(self) -> bool:
-        """True when it may be forgotten: nobody uses it, waits for it or will come back, and no pause is remembered."""
-        closed = self.circuit is None or self.circuit.state is CircuitState.CLOSED
-        return super().idle and closed and not self.backing_off
+        """True when it may be forgotten: nobody uses it, waits for it or will come back, and nothing is remembered that
+        those who come later have to obey."""
+        if not super().idle or self.backing_off:
+            return False
+        circuit, tokens = self.circuit, self.tokens
+        if circuit is not None and (circuit.state is CircuitState.OPEN or circuit.probing):
+            return False
+        return tokens is None or tokens.at_rest(self.now())
 
     # --- live changes ---
 
@@ -183,6 +200,15 @@ class Service(PermitQueue):
             self._on_trial = False  # it has been told of no probes
         self._apply("set")
 
+    def bound(self, most: int) -> None:
+        """Measure no limit beyond `most`."""
+        if most != self._most:
+            self._most = most
+            if self._limiter is not None:
+                concurrency = None if self.tokens is None else self.tokens.concurrency
+                self._limiter.cap(_least(concurrency, most), self.now())
+                self._apply("application")
+
     def set_rate(self, rate: Rates | None) -> None:
         """From now on, keep these rates."""
         if rate is not None or self.tokens is not None:
@@ -191,11 +217,11 @@ class Service(PermitQueue):
 
     def set_breaker(self, breaker: Breaker | None) -> None:
         """From now on, break the circuit by these rules. One that is open closes."""
-        epoch = 0 if self.circuit is None else self.circuit.epoch + 1
+        self._epoch = 1 + (self._epoch if self.circuit is None else self.circuit.epoch)
         self.circuit = None if breaker is None else Circuit(breaker, self.now(), self._rng)
         if self.circuit is not None:
-            self.circuit.epoch = epoch  # what is under way says nothing to it
-        self._fails_fast = breaker is not None and breaker.fail_fast
+            self.circuit.epoch = self._epoch  # what is under way says nothing to it
+        self._breaker = breaker
         self._follow_circuit()
 
     def set_budget(self, share: float | None) -> None:
@@ -258,17 +284,30 @@ class Service(PermitQueue):
         verdict = judge(error)
         if verdict.failed:
             self._latest = first_line(error)
-        if not self._answered:
-            self._answered = verdict.failed is False or status_of(error) is not None
+        if verdict.failed is False or status_of(error) is not None:
+            self._answered = True
+        self._unreachable = verdict.unreachable
         if verdict.throttled:
-            self._metered().throttled(now, hinted=hinted or pause is not None, queueing=self._queueing, mark=tag[2])
+            hinted = hinted or (pause is not None and pause >= LEAST_PAUSE)
+            self._metered().throttled(now, hinted=hinted, queueing=self._queueing, mark=tag[2])
+            self._tell_of_refusals()
         # Of two who answer the same refusal, one would hold back what the other needs to find its way.
         searching = verdict.throttled and self._metered().searching
+        # While it is to be found out whether the service is back, whatever it says means that it is.
+        half_open = self.circuit is not None and self.circuit.state is CircuitState.HALF_OPEN
+        failed = False if half_open and verdict.failed is None else verdict.failed
         self._end(
-            tag, now, rtt if verdict.sampled else None, dropped=verdict.dropped and not searching,
-            failed=verdict.failed,
+            tag, now, rtt if verdict.sampled else None, dropped=verdict.dropped and not searching, failed=failed,
             unreachable=verdict.unreachable, pause=pause,
         )  # fmt: skip
+
+    def _tell_of_refusals(self) -> None:
+        """Nothing but refusals: somebody should know."""
+        if not self.succeeded and self.failed == {FailureKind.THROTTLED: ALL_REFUSED}:
+            logger.warning(
+                "gate %r: the first %d answers were all refusals for being asked too much. It goes on, slowly",
+                self._name, ALL_REFUSED,
+            )  # fmt: skip
 
     def end_ignored(self, tag: Tag) -> None:
         """An attempt was cancelled, or says nothing about the service."""
@@ -312,8 +351,10 @@ class Service(PermitQueue):
         """The loop's heartbeat: what share of its limits it can carry, and how late it was."""
         self._note_wait()
         limiter = self._limiter
-        if limiter is not None and (lagging or lag > max(LEAST_LAG, LAG_SHARE * (limiter.baseline or 0.0))):
-            limiter.contaminate()
+        if limiter is not None:
+            usual = limiter.baseline or (self.latency.mean if self.latency.count else 0.0)
+            if lagging or lag > max(LEAST_LAG, LAG_SHARE * usual):
+                limiter.contaminate()
         if share != self._share:
             self._share = share
             self._apply("guard")
@@ -331,7 +372,9 @@ class Service(PermitQueue):
         if self._share < 1.0:
             limit = max(1, int(limit * self._share))
         if self.circuit is not None and self.circuit.state is CircuitState.HALF_OPEN:
-            limit = self._stale + self._left_behind + self.circuit.allowed(self.now())
+            probes = self._stale + self._left_behind + self.circuit.allowed(self.now())
+            # A number that somebody has set may be more than a wish: an SDK that bears no more.
+            limit = probes if self._limiter is not None else min(probes, limit + self._left_behind)
         if limit != self.limit:
             self._note(reason, limit)
             self.resize(limit)
@@ -378,7 +421,7 @@ class Service(PermitQueue):
         circuit = self.circuit
         state = CircuitState.CLOSED if circuit is None else circuit.state
         self._disarm()
-        self.refuses = state is CircuitState.OPEN and (self._fails_fast or not self._answered)
+        self.refuses = state is CircuitState.OPEN and self._fails_fast
         if circuit is not None and state is CircuitState.OPEN:
             self._opened += 1
             self.hold_back(BREAKER, True)  # before the limit is that of probes no more
@@ -400,7 +443,11 @@ class Service(PermitQueue):
         what = "waits"
         if self.refuses:
             what = "fails" if self._answered else "fails, since nothing has ever answered: is the address right?"
-        why = "a probe failed" if self._on_trial else f"{seen.failures} of the last {seen.calls} attempts failed"
+        why = f"{seen.failures} of the last {seen.calls} attempts failed"
+        if self._on_trial:
+            why = "a probe failed"
+        elif self._breaker is not None and seen.failures < self._breaker.share * seen.calls:
+            why = f"the last {self._breaker.connect_errors} attempts found no connection"
         logger.warning(
             "gate %r: the circuit breaker is open, %s (%s). The next probe follows in %.1f s. "
             "What is asked meanwhile %s",
@@ -442,6 +489,17 @@ class Service(PermitQueue):
             if isinstance(waiter, asyncio.Future) and not waiter.done():
                 waiter.set_exception(self.circuit_open())
 
+    @property
+    def sends_away(self) -> bool:
+        """Whether who has to wait is to fail at once: while the breaker is not closed, and does not park."""
+        half_open = self.circuit is not None and self.circuit.state is CircuitState.HALF_OPEN
+        return self.refuses or (half_open and self._fails_fast)
+
+    @property
+    def _fails_fast(self) -> bool:
+        nobody_there = self._unreachable and not self._answered
+        return nobody_there or (self._breaker is not None and self._breaker.fail_fast)
+
     # --- retry budget ---
 
     def may_repeat(self, cost: float) -> bool:
@@ -451,14 +509,20 @@ class Service(PermitQueue):
     async def afford(self, cost: float) -> None:
         """Wait until the retry budget has room, behind who waits for that already. Cancellation: gives up the place."""
         affordable = self._loop.create_future()
-        entry = (affordable, cost)
-        self._deferred.append(entry)
+        self._deferred[affordable] = cost
         self._release_deferred()
         try:
             await affordable
-        finally:
-            with suppress(ValueError):
-                self._deferred.remove(entry)
+        except BaseException:
+            if affordable.done() and not affordable.cancelled():  # it has just been paid for
+                self.refund(cost)
+            self._deferred.pop(affordable, None)
+            raise
+
+    def refund(self, cost: float) -> None:
+        """A retry that was paid for is not made."""
+        if self.budget is not None:
+            self.budget.refund(cost, self.now())
 
     def _release_deferred(self) -> None:
         now = self.now()
@@ -468,7 +532,7 @@ class Service(PermitQueue):
         if self.circuit is not None and self.circuit.state is CircuitState.OPEN and not self.refuses:
             return
         while self._deferred:
-            affordable, cost = self._deferred[0]
+            affordable, cost = next(iter(self._deferred.items()))
             if not affordable.done():
                 if self.budget is not None and not self.refuses and not self.budget.withdraw(cost, now):
                     delay = self.budget.affordable_in(cost, now)
@@ -476,7 +540,7 @@ class Service(PermitQueue):
                         self._payday = self._loop.call_later(delay, self._release_deferred)
                     return
                 affordable.set_result(None)
-            self._deferred.popleft()
+            del self._deferred[affordable]
 
     # --- rates ---
 
@@ -505,13 +569,17 @@ class Service(PermitQueue):
         """Put right what an attempt has taken: give back what it has not used, take what it has used beyond.
 
         Raises:
-            UsageError: `used` is no mapping of names to numbers of at least 0.
+            UsageError: `used` is no mapping of names to numbers of at least 0, or names what nobody counts.
         """
         check_used(used)
         if self.tokens is not None:
-            self.tokens.settle(reserved, used, self.now())
-            if self._stuck is TOKENS:
-                self.look_again()
+            self.tokens.refuse_unknown(used)
+            self._correct(self.tokens, reserved, used)
+
+    def _correct(self, tokens: Meter, reserved: Weight, used: Mapping[str, float]) -> None:
+        tokens.settle(reserved, used, self.now())
+        if self._stuck is TOKENS:
+            self.look_again()
 
     def delay_on_loan(self, weight: Weight) -> float:
         """Seconds until an attempt may start that needs no permit of this queue.
@@ -528,6 +596,11 @@ class Service(PermitQueue):
         if self.tokens is not None and self.tokens.active:
             delay = max(delay, self.tokens.delay(weight, now))
         return delay
+
+    def give_tokens_back(self, weight: Weight) -> None:
+        """What was taken of the rates is not used."""
+        if self.tokens is not None:
+            self._correct(self.tokens, weight, dict.fromkeys([REQUESTS, *(weight or ())], 0.0))
 
     def spend(self, weight: Weight) -> None:
         """Take tokens for an attempt that did not have to wait here."""
@@ -549,9 +622,7 @@ class Service(PermitQueue):
             return f"its circuit breaker is {self.circuit.state}"
         if self.held_back(PROCESSING):
             return "answers that wait to be processed hold it back"
-        if self.tokens is not None and (delay := self.tokens.delay(None, self.now())) > 0:
-            return f"its rate lets the next one through in {delay:.1f} s"
-        return None
+        return None if self.tokens is None else self.tokens.wait_reason(self.now(), None)
 
     def join(
         self, waiter: Waiter, *, again: bool = False, needs: Companion | None = None, weight: Weight = None
@@ -568,8 +639,19 @@ class Service(PermitQueue):
             self._note_wait()
 
     def _note_reason(self) -> None:
+        if self._stuck is TOKENS:
+            self._tell_of_long_wait()
         if self._waited_for is not None and self.waits_for != self._waited_for:
             self._note_wait()
+
+    def _tell_of_long_wait(self) -> None:
+        """Nothing goes for a while, because of a rate: somebody should know, once for each such wait."""
+        assert self._refill is not None, "who waits for tokens has asked when there are some"
+        assert self.tokens is not None, "nobody else is waited for so"
+        until = self._refill.when()
+        if until - self.now() > WORTH_TELLING and until > self._told_until + WORTH_TELLING:
+            self._told_until = until
+            logger.warning("gate %r waits for %s", self._name, self.tokens.wait_reason(self.now(), None))
 
     def _note_wait(self) -> None:
         """Add up how long it has been waited for what, and look what it is now."""
@@ -577,6 +659,13 @@ class Service(PermitQueue):
         if self._waited_for is not None:
             self._waited[self._waited_for] = self._waited.get(self._waited_for, 0.0) + now - self._last_beat
         self._waited_for, self._last_beat = self.waits_for, now
+
+    def _tokens_left(self, now: float) -> dict[str, float]:
+        if self.tokens is None:
+            return {}
+        told = {f"server: {name}": left for name, left in self.tokens.told(now).items()}
+        found = self.tokens.rate_found(now)
+        return {**self.tokens.tokens(now), **told, **({} if found is None else {"found, a second": found})}
 
     def _waited_so_far(self) -> dict[str, float]:
         waited = dict(self._waited)
@@ -597,7 +686,7 @@ class Service(PermitQueue):
             waited=self._waited_so_far(),
             paused_for=self.paused_for,
             deferred=len(self._deferred),
-            tokens={} if self.tokens is None else self.tokens.tokens(now),
+            tokens=self._tokens_left(now),
             budget=None if self.budget is None else self.budget.balance(now),
             breaker=None if circuit is None else str(circuit.state),
             opened=self._opened,
@@ -618,9 +707,7 @@ def check_used(used: object) -> None:
     Raises:
         UsageError: it is no mapping of names to numbers of at least 0.
     """
-    if not isinstance(used, Mapping) or not all(
-        isinstance(amount, int | float) and 0 <= amount < math.inf for amount in used.values()
-    ):
+    if not isinstance(used, Mapping) or not all(is_amount(amount) for amount in used.values()):
         raise UsageError(f"used={used!r:.100}: expected amounts by the names of the rates, such as {{'tokens': 812}}.")
 
 

@@ -48,9 +48,9 @@ def lognormal(mean: float, sigma: float) -> Draw:
     """Service times of a `mean` in seconds; `sigma`, of their logarithm, is the noise: 0.2 a little, 1 a lot.
 
     Raises:
-        UsageError: a mean that is not above 0, or a negative sigma.
+        UsageError: a mean that is not above 0, or a negative sigma; what is no number.
     """
-    if not (0 < mean < math.inf and 0 <= sigma < math.inf):
+    if not (_seconds(mean) and mean > 0 and _seconds(sigma)):
         raise UsageError(f"lognormal({mean!r}, {sigma!r}): expected a mean above 0 and a sigma of at least 0.")
     mu = math.log(mean) - sigma * sigma / 2
     return lambda rng: math.exp(mu + sigma * rng.gauss(0.0, 1.0))
@@ -60,8 +60,13 @@ def mixture(*parts: tuple[float, Draw]) -> Draw:
     """Several kinds of requests, each with its share: `mixture((0.3, lognormal(0.01, 0.2)), (0.7, lognormal(0.4, 0)))`.
 
     Raises:
-        UsageError: the shares are not positive or do not add up to 1.
+        UsageError: the shares are not positive or do not add up to 1; what is no pair of a share and a function.
     """
+    for part in parts:
+        if not (isinstance(part, tuple) and len(part) == 2 and _seconds(part[0]) and callable(part[1])):
+            raise UsageError(
+                f"mixture({part!r}): expected pairs of a share and a function, (0.3, lognormal(0.01, 0.2))."
+            )
     shares = [share for share, _ in parts]
     if not parts or min(shares) <= 0 or not math.isclose(sum(shares), 1.0):
         raise UsageError(f"mixture with the shares {shares}: expected positive numbers that add up to 1.")
@@ -91,7 +96,7 @@ class Quota:
         retry_after: whether a refusal says when to come back.
 
     Raises:
-        UsageError: a number that is not above 0, or unknown headers.
+        UsageError: a number that is not above 0, unknown headers, or a `retry_after` that is not True or False.
     """
 
     amount: float
@@ -103,10 +108,12 @@ class Quota:
     def __post_init__(self) -> None:
         for name in ("amount", "per", "burst"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if not (_seconds(value) and value > 0) and not (name == "burst" and value is None):
                 raise UsageError(f"Quota({name}={value!r}): expected a number above 0.")
         if self.headers not in (None, "ratelimit", "x-ratelimit"):
             raise UsageError(f'Quota(headers={self.headers!r}): expected "ratelimit", "x-ratelimit" or None.')
+        if not isinstance(self.retry_after, bool):
+            raise UsageError(f"Quota(retry_after={self.retry_after!r}): expected True or False.")
 
 
 class Conditions(TypedDict, total=False):
@@ -305,8 +312,10 @@ class SimulatedService:
         """Change the service `delay` seconds from now, on the running loop; the timer can be cancelled.
 
         Raises:
-            UsageError: as `change`, at once.
+            UsageError: as `change`, at once; a delay that is no number of at least 0.
         """
+        if not _seconds(delay):
+            raise UsageError(f"change_in({delay!r}): expected seconds.")
         _check(changes)
         return asyncio.get_running_loop().call_later(delay, lambda: self.change(**changes))
 
@@ -566,8 +575,17 @@ def _mistake(name: str, value: Any) -> str | None:
         return None if _seconds(value) else "a number of at least 0"
     if name in ("unavailable", "broken"):
         return None if _seconds(value) and value <= 1 else "a share, from 0 to 1"
+    if name == "quota":
+        return None if value is None or isinstance(value, Quota) else "a Quota, such as Quota(50, per=10), or None"
+    if name == "hole":
+        return None if isinstance(value, bool) else "True or False"
     return None
 
 
 def _seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return 0 <= float(value) < math.inf
+    except OverflowError:  # an integer beyond all floats
+        return False

@@ -63,6 +63,10 @@ IO_GRACE = 0.001
 # external work; it only has to stay well below the time after which a test runner ends a hung test.
 IO_PATIENCE = 5.0
 
+# Iterations without sockets or threads after which the selector is asked even so, for the sake of signals. Arbitrary,
+# because a person's Ctrl-C waits for a millisecond, and a system call for each jump was a tenth of a simulation.
+UNPOLLED = 64
+
 _Events = list[tuple[selectors.SelectorKey, int]]
 _Poll = Callable[[float | None], _Events]
 
@@ -99,6 +103,8 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         self._external_lock = threading.Lock()
         self._external = 0
         self._default_pool: Executor | None = None
+        self._unpolled = 0
+        """Iterations in which the selector was not asked."""
         self.iteration_hook: Callable[[], None] | None = None
         """Called on the loop's thread before each iteration, before time may jump. What it raises leaves the loop."""
         self._asking_selector = _AskingSelector(self._next_events)
@@ -192,6 +198,12 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         """What the loop's wait for I/O is here. `timeout`: 0 something is ready, None no timer is set."""
         if self.iteration_hook is not None:
             self.iteration_hook()
+        if self._nobody_else() and self._unpolled < UNPOLLED:
+            self._unpolled += 1
+            if timeout != 0 and not self._ready:
+                self._jump()
+            return []
+        self._unpolled = 0
         events = poll(0)
         if events or timeout == 0 or self._ready:
             return events
@@ -202,6 +214,10 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         if not events:
             self._jump()
         return events
+
+    def _nobody_else(self) -> bool:
+        """Whether nothing outside is known that could wake the loop: what a thread posts is in its queue even so."""
+        return not self._external and self._descriptors() == self._own_descriptors
 
     def _jump(self) -> None:
         if not self._scheduled:
@@ -299,11 +315,10 @@ class _Timer(asyncio.TimerHandle):
         _scheduled: bool
         _sequence: int
 
-    def __lt__(self, other: object) -> bool:
-        assert isinstance(other, _Timer), "only call_at makes timers for this loop"
+    def __lt__(self, other: Any) -> bool:  # only call_at makes timers for this loop
         if self._when == other._when:
-            return self._sequence < other._sequence
-        return self._when < other._when
+            return self._sequence < other._sequence  # type: ignore[no-any-return]
+        return self._when < other._when  # type: ignore[no-any-return]
 
 
 class _AskingSelector(selectors.DefaultSelector):
