@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from penstock import AttemptTimeout, CircuitOpen, ConnectionFailed, Gate, HttpStatusError, Retry
+from penstock import AttemptTimeout, CircuitOpen, ConnectionFailed, FailureKind, Gate, HttpStatusError, Retry
 from penstock.gate.breaker import Breaker
 from penstock.gate.gate import MOST_IDLE_KEYS
 from penstock.gate.service import KeyStatistics, Service
@@ -706,10 +706,19 @@ async def test_when_nothing_but_refusals_came_the_log_says_so_once(
     assert len(told) == (not answered_before)
 
 
-async def test_a_refusal_by_another_status_is_raised_as_it_came() -> None:
-    """GitHub says 403 with a `Retry-After`: no failure of its kind has been counted then."""
-    gate, backend = new_gate(), Backend(error=lambda: status(403, 2.0))
+class Forbidden(Exception):
+    """An SDK's own error, which it calls permanent though its server says when to come back."""
+
+    failure_kind = FailureKind.PERMANENT
+    status = 403
+    retry_after = 2.0
+
+
+async def test_a_refusal_that_an_sdk_calls_permanent_is_raised_as_it_came() -> None:
+    """It slows down, but is no refusal among those that are counted."""
+    gate, backend = new_gate(), Backend(error=Forbidden)
     for _ in range(2):
-        with pytest.raises(HttpStatusError, match="403"):
+        with pytest.raises(Forbidden):
             await gate.call(backend)
+    assert seen(gate).failed == {FailureKind.PERMANENT: 2}
     assert seen(gate).in_flight == 0

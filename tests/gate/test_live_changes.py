@@ -397,7 +397,8 @@ async def test_attempts_that_began_without_a_breaker_do_not_count_for_one_that_c
     gate.breaker = None
     failing += await start(lambda: gate.call(hang))
     gate.breaker = Breaker(calls=1)
-    await asyncio.wait(failing)
+    errors = await asyncio.gather(*failing, return_exceptions=True)
+    assert [type(error) for error in errors] == [HttpStatusError] * 2
     assert seen(gate).breaker == "closed"
     with pytest.raises(HttpStatusError):
         await gate.call(_fail)
