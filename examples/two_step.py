@@ -239,8 +239,8 @@ def report_of(outcome: penstock.Outcome[dict[str, Any]]) -> dict[str, Any]:
 
 # --- what held it back ---
 
-A_FULL_CORE = 0.9
-"""Of a core, used by this program: then its own speed is what bounds the run."""
+A_FULL_CORE = 0.7
+"""Of a core, used by this program over the whole run, its start and end among it: then its own speed bounds it."""
 WORTH_NAMING = 0.25
 """Of the time, in which somebody waited at the gate: with less, the service was not what the run waited for."""
 A_QUOTA_SHOWS = 0.05
@@ -311,7 +311,7 @@ def held_back_by(seen: penstock.KeyStatistics, wall: float, cpu: float, ended_at
         return "nothing: this machine's CPU, where answers wait to be processed"
     return {
         "queue": f"the service's knee (limit {limit})",
-        "loss": f"its refusals (limit {limit})",
+        "loss": f"its refusals and failures (limit {limit})",
         "server": f"the service's word on how many it takes at once ({limit})",
         "growth": f"nothing: too few records to find a limit (it has grown to {seen.limit})",
     }[found_by(seen)]

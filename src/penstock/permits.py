@@ -169,8 +169,16 @@ class PermitQueue:
 
         Cancellation: the place in the queue is given up, and so is a permit granted in the same tick.
         """
-        if not self.take_nowait(needs, weight):
-            await take_first(self._loop, self, again=again, needs=needs, weight=weight)
+        if self.take_nowait(needs, weight):
+            return
+        admitted: asyncio.Future[PermitQueue] = self._loop.create_future()
+        self.join(admitted, again=again, needs=needs, weight=weight)
+        try:
+            await admitted
+        except BaseException:
+            self.leave(admitted)
+            _hand_back(admitted, self, needs, weight)
+            raise
 
     def join(
         self, waiter: Waiter, *, again: bool = False, needs: Companion | None = None, weight: Weight = None
@@ -331,13 +339,21 @@ async def take_first(
     try:
         return await admitted
     except BaseException:
-        if admitted.done() and not admitted.cancelled() and admitted.exception() is None:
-            admitted.result().give_back()
-            if admitted.result() is queues[0]:
-                queues[0].give_tokens_back(weight)
-                if needs is not None:
-                    needs.give_back()
+        _hand_back(admitted, queues[0], needs, weight)
         raise
     finally:
         for queue in queues:
             queue.leave(admitted)
+
+
+def _hand_back(
+    admitted: "asyncio.Future[PermitQueue]", first: PermitQueue, needs: Companion | None, weight: Weight
+) -> None:
+    """Who waited goes away: what it was given in this very tick goes to the next, with what came with it from `first`."""
+    if not admitted.done() or admitted.cancelled() or admitted.exception() is not None:
+        return
+    admitted.result().give_back()
+    if admitted.result() is first:
+        first.give_tokens_back(weight)
+        if needs is not None:
+            needs.give_back()

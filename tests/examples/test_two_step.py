@@ -269,7 +269,7 @@ KNEE = changes((1.0, 64, "growth"), (2.0, 40, "queue"), (11.0, 20, "probe"), (11
         (
             seen(changes=changes((1.0, 3, "loss")), waited={"permit": 8.0}, failed={FailureKind.TRANSIENT: 9}),
             0.5,
-            "its refusals (limit 3)",
+            "its refusals and failures (limit 3)",
         ),
         (
             seen(
