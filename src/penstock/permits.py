@@ -349,7 +349,7 @@ async def take_first(
 def _hand_back(
     admitted: "asyncio.Future[PermitQueue]", first: PermitQueue, needs: Companion | None, weight: Weight
 ) -> None:
-    """Who waited goes away: what it was given in this very tick goes to the next, with what came with it from `first`."""
+    """Who waited goes away: what it was given in this very tick is the next one's, with all that came from `first`."""
     if not admitted.done() or admitted.cancelled() or admitted.exception() is not None:
         return
     admitted.result().give_back()
