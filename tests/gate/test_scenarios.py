@@ -20,6 +20,8 @@ from penstock.gate.cubic import Cubic
 from penstock.gate.limiter import LimitChange, Limiter, LimitRule
 from penstock.testing.scenario import Finding, Scenario, check, load_scenario, run_scenario
 
+pytestmark = pytest.mark.no_cover  # millions of lines: what they run is covered by the tests of its own
+
 HERE = Path(__file__).parent.parent / "scenarios"
 DOCS = Path(__file__).parent.parent.parent / "docs"
 BEST = json.loads((HERE / "best_static.json").read_text(encoding="utf-8"))
