@@ -210,6 +210,20 @@ async def test_keys_in_use_share_out_what_the_client_has() -> None:
     assert [each.told for each in rule.made] == [["cap 4", "cap 12"], ["cap 4"], ["cap 4"]]
 
 
+async def test_a_rule_that_is_set_while_keys_share_may_use_all_when_a_key_is_alone_again() -> None:
+    gate = Gate("g", limit=Steps(100), retry=ONCE)
+    gate.bound(12)
+    async with gate.permit(key="a"):
+        async with gate.permit(key="b"), gate.permit(key="c"):
+            gate.beat(1.0, 0.0, False)
+            gate.limit = Adaptive(start=100)
+            assert gate.statistics()["a"].limit == 4
+        gate.beat(1.0, 0.0, False)
+        assert gate.statistics()["a"].limit == 4
+        gate.limit = Adaptive(start=100)
+        assert gate.statistics()["a"].limit == 12
+
+
 async def test_what_is_shared_out_is_as_little_as_the_server_has_said_and_one_at_least() -> None:
     rule = Steps(100)
     gate = Gate("g", limit=rule, retry=ONCE)

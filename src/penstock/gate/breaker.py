@@ -68,8 +68,8 @@ class Breaker:
         longest: seconds that a pause lasts at most, `Retry-After` apart.
         connect_errors: attempts in a row that found no connection, at which it opens without looking at the share.
         probes: successes that close it again.
-        fail_fast: what is asked meanwhile fails with `CircuitOpen`, instead of waiting. So it does anyhow as long as
-            nothing has ever answered: a wrong address is not worth waiting for.
+        fail_fast: what is asked meanwhile fails with `CircuitOpen`, instead of waiting. So it does anyhow where nothing
+            has ever answered and no connection was found: a wrong address is not worth waiting for.
 
     Raises:
         UsageError: a value that cannot work.

@@ -197,7 +197,7 @@ class Gate:
             service.set_budget(self._retry.budget)
 
     def bound(self, most: int) -> None:
-        """Measure no limit beyond `most` for keys that are still to come. For clients, which know what they carry."""
+        """Measure no limits beyond `most`, all keys together. To be called before there are any; for clients."""
         self._rules = replace(self._rules, most=most)
 
     @overload
@@ -338,6 +338,7 @@ class Gate:
             try:
                 tag = service.start(started, bool(history))
             except BaseException:  # of a limit that is somebody else's rule
+                service.give_tokens_back(trip.weight)
                 trip.over(service)
                 raise
             if guard.quiet:

@@ -54,7 +54,7 @@ class Permit:
         """The service could not take the round trip; it asks for a pause of `retry_after` seconds if that is given.
 
         Raises:
-            UsageError: `retry_after` is no number of seconds of at least 0, or the permit is not held.
+            UsageError: `retry_after` is no number of seconds from 0 to an hour, or the permit is not held.
         """
         self._held()
         number = isinstance(retry_after, int | float) and not isinstance(retry_after, bool)
@@ -106,6 +106,7 @@ class Permit:
             self._tag = service.start(self._started, False)
         except BaseException:  # of a limit that is somebody else's rule
             self._service = None
+            service.give_tokens_back(self._weight)
             service.give_back()
             raise
         self._gate.stir()

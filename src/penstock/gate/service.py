@@ -120,8 +120,8 @@ class Service(PermitQueue):
     __slots__ = (
         "_answered", "_breaker", "_changes", "_deferred", "_epoch", "_last_beat", "_latest", "_left_behind",
         "_limiter", "_limits", "_most", "_name", "_on_trial", "_opened", "_payday", "_probing", "_reasons", "_rng",
-        "_share", "_stale", "_told_until", "_unreachable", "_waited", "_waited_for", "attempts", "backing_off",
-        "budget", "circuit", "failed", "latency", "refuses", "retries", "succeeded", "tokens",
+        "_share", "_stale", "_told_until", "_unreachable", "_waited", "_waited_for", "_whole", "attempts",
+        "backing_off", "budget", "circuit", "failed", "latency", "refuses", "retries", "succeeded", "tokens",
     )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, name: str, rules: Rules, rng: random.Random) -> None:
@@ -129,7 +129,8 @@ class Service(PermitQueue):
         self._name = name
         self._rng = rng
         self._share = 1.0
-        self._most = rules.most
+        self._whole = self._most = rules.most
+        """What there is for all keys together, and for this one."""
         self._limits = 1
         """The limit as the service goes, when it was last looked at; the one to keep where nothing measures it."""
         self._limiter: Limiter | None = None
@@ -194,9 +195,9 @@ class Service(PermitQueue):
         if isinstance(limit, int):
             self._limiter, self._limits = None, limit
         else:
-            self._limiter = limit.limiter(self.now(), self._most, self._rng)
-            if self.tokens is not None and self.tokens.concurrency is not None:
-                self._limiter.cap(_least(self.tokens.concurrency, self._most), self.now())
+            self._limiter = limit.limiter(self.now(), self._whole, self._rng)
+            if self._most != self._whole or (self.tokens is not None and self.tokens.concurrency is not None):
+                self._cap(self._limiter)
             self._on_trial = False  # it has been told of no probes
         self._apply("set")
 
@@ -205,9 +206,13 @@ class Service(PermitQueue):
         if most != self._most:
             self._most = most
             if self._limiter is not None:
-                concurrency = None if self.tokens is None else self.tokens.concurrency
-                self._limiter.cap(_least(concurrency, most), self.now())
+                self._cap(self._limiter)
                 self._apply("application")
+
+    def _cap(self, limiter: Limiter) -> None:
+        """Bound a limiter by what is there for this key, and by what the server allows."""
+        concurrency = None if self.tokens is None else self.tokens.concurrency
+        limiter.cap(_least(concurrency, self._most), self.now())
 
     def set_rate(self, rate: Rates | None) -> None:
         """From now on, keep these rates."""
@@ -560,7 +565,7 @@ class Service(PermitQueue):
         meter.learn(hints, max(0, self.in_flight - 1), self.now(), tag[2])
         if meter.concurrency != before:
             if self._limiter is not None:
-                self._limiter.cap(_least(meter.concurrency, self._most), self.now())
+                self._cap(self._limiter)
             self._apply("server")
         if self._stuck is TOKENS:  # there may be more than was known; but a pause that was asked for comes first
             self._loop.call_soon(self.look_again)

@@ -36,6 +36,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack
 
 from penstock.errors import ConnectionFailed, HttpStatusError, UsageError
+from penstock.gate.rate import is_amount
 
 Draw: TypeAlias = Callable[[random.Random], float]
 """Gives the seconds that a server needs for one request."""
@@ -50,7 +51,7 @@ def lognormal(mean: float, sigma: float) -> Draw:
     Raises:
         UsageError: a mean that is not above 0, or a negative sigma; what is no number.
     """
-    if not (_seconds(mean) and mean > 0 and _seconds(sigma)):
+    if not (is_amount(mean) and mean > 0 and is_amount(sigma)):
         raise UsageError(f"lognormal({mean!r}, {sigma!r}): expected a mean above 0 and a sigma of at least 0.")
     mu = math.log(mean) - sigma * sigma / 2
     return lambda rng: math.exp(mu + sigma * rng.gauss(0.0, 1.0))
@@ -63,7 +64,7 @@ def mixture(*parts: tuple[float, Draw]) -> Draw:
         UsageError: the shares are not positive or do not add up to 1; what is no pair of a share and a function.
     """
     for part in parts:
-        if not (isinstance(part, tuple) and len(part) == 2 and _seconds(part[0]) and callable(part[1])):
+        if not (isinstance(part, tuple) and len(part) == 2 and is_amount(part[0]) and callable(part[1])):
             raise UsageError(
                 f"mixture({part!r}): expected pairs of a share and a function, (0.3, lognormal(0.01, 0.2))."
             )
@@ -108,7 +109,7 @@ class Quota:
     def __post_init__(self) -> None:
         for name in ("amount", "per", "burst"):
             value = getattr(self, name)
-            if not (_seconds(value) and value > 0) and not (name == "burst" and value is None):
+            if not (is_amount(value) and value > 0) and not (name == "burst" and value is None):
                 raise UsageError(f"Quota({name}={value!r}): expected a number above 0.")
         if self.headers not in (None, "ratelimit", "x-ratelimit"):
             raise UsageError(f'Quota(headers={self.headers!r}): expected "ratelimit", "x-ratelimit" or None.')
@@ -314,7 +315,7 @@ class SimulatedService:
         Raises:
             UsageError: as `change`, at once; a delay that is no number of at least 0.
         """
-        if not _seconds(delay):
+        if not is_amount(delay):
             raise UsageError(f"change_in({delay!r}): expected seconds.")
         _check(changes)
         return asyncio.get_running_loop().call_later(delay, lambda: self.change(**changes))
@@ -570,22 +571,13 @@ def _mistake(name: str, value: Any) -> str | None:
         fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         return None if fits else "a whole number of at least 1"
     if name == "service_time":
-        return None if callable(value) or _seconds(value) else "seconds, or a function of a random.Random"
+        return None if callable(value) or is_amount(value) else "seconds, or a function of a random.Random"
     if name in ("path", "contention") or (name == "retry_after" and value is not None):
-        return None if _seconds(value) else "a number of at least 0"
+        return None if is_amount(value) else "a number of at least 0"
     if name in ("unavailable", "broken"):
-        return None if _seconds(value) and value <= 1 else "a share, from 0 to 1"
+        return None if is_amount(value) and value <= 1 else "a share, from 0 to 1"
     if name == "quota":
         return None if value is None or isinstance(value, Quota) else "a Quota, such as Quota(50, per=10), or None"
     if name == "hole":
         return None if isinstance(value, bool) else "True or False"
     return None
-
-
-def _seconds(value: Any) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return 0 <= float(value) < math.inf
-    except OverflowError:  # an integer beyond all floats
-        return False
