@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.gate.quota import PATIENCE, Quota
@@ -398,6 +398,7 @@ steps = st.one_of(answers, st.floats(0, 1e4), st.sampled_from(["refused", "asked
 
 
 @given(answers, st.lists(st.tuples(st.floats(0, 100), steps), max_size=40))
+@example((0.0, 3.0, None, None, 0), [(0.0, 5e-324)] * 3)
 def test_no_answers_make_anybody_wait_for_more_than_an_hour_or_for_no_number(
     first: tuple[float, float, float | None, float | None, int],
     history: list[tuple[float, tuple[float, float, float | None, float | None, int] | float | str]],

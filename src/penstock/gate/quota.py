@@ -246,7 +246,8 @@ class Quota:
             speed = max(own, LEAST) * left / max(self._reset_at - now, SHORTEST)
             makes_up = 0.0
             latest = max(self._reset_at, now)
-        self._next = min(max(self._next, now - makes_up) + weight / speed, latest)
+        pause = weight / speed if speed > 0 else math.inf  # all but nothing is left: the speed is no number any more
+        self._next = min(max(self._next, now - makes_up) + pause, latest)
 
     def _try(self, weight: float, now: float) -> None:
         """The reset is over and nothing was heard of it: let a few go, and wait for what they hear."""
