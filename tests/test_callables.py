@@ -148,7 +148,7 @@ def test_a_coroutine_object_is_refused_and_closed() -> None:
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
-@pytest.mark.parametrize("found", [3, None, "score", [score]], ids=repr)
+@pytest.mark.parametrize("found", [3, None, "score", [score]], ids=["a number", "None", "a text", "a list"])
 def test_what_cannot_be_called_is_refused(found: object) -> None:
     with pytest.raises(UsageError, match=r"found .*, expected a function. Write `executor.map\(fn, ...\)`\."):
         check_function(found, "executor.map")

@@ -2,6 +2,9 @@
 
     run() -> signals taken -> a loop of its own -> Executor.run -> report -> loop closed -> signals put back
 
+In a notebook, the loop that runs the cell waits below it. There the loop of the run is in a thread of its own, and the
+thread of the cell waits for it: it hears the signals.
+
 What belongs to the process and not to a library (signals, the switch interval of threads) is touched here and nowhere
 else, and put back.
 
@@ -13,11 +16,14 @@ executor.
 
 import asyncio
 import math
+import signal
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Sequence, Sized
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
+from penstock.context import current_job
 from penstock.errors import UsageError
 from penstock.events import Instrument
 from penstock.executor.definition import Job
@@ -27,9 +33,9 @@ from penstock.executor.signals import DRAIN_TIMEOUT, Interrupts
 from penstock.instruments.progress import ProgressLine
 from penstock.report import Report
 from penstock.threads.main_guard import refuse_a_child_that_imports
+from penstock.threads.own_loop import check_loop_factory, run_in_own_thread, run_on_own_loop
 from penstock.threads.switch_interval import SHORT, short_switch_interval
 
-T = TypeVar("T")
 I = TypeVar("I")  # noqa: E741  # the item
 
 
@@ -47,11 +53,15 @@ def run(
     instruments: Sequence[Instrument] = (),
     drain_timeout: float | None = DRAIN_TIMEOUT,
     switch_interval: float | None = SHORT,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> Report:
     """Run a job over all items on an event loop of its own, and report what became of them.
 
     Blocks until the run has ended. What the job returns is dropped: write results in the job, or read
-    `Executor.as_completed`.
+    `Executor.as_completed`. Any thread without a running event loop may call it, several at once.
+
+    **Notebooks**: in a cell of IPython, whose loop is running, the run gets a thread of its own, and the cell waits.
+    Context variables go along. Jobs then run in that thread, not in the main one.
 
     **Signals**: Ctrl-C (SIGINT) or SIGTERM drains: no more items are taken, what is in flight is finished, the report
     says that it was interrupted; after `drain_timeout` seconds what still runs is cancelled: the opening of the job's
@@ -59,7 +69,9 @@ def run(
     where a job blocks the loop: Ctrl-C by `KeyboardInterrupt`, SIGTERM as if it had no handler. Calls that hang in
     threads of the executor are left behind, and the interpreter does not wait for them at its exit, as it does for
     `asyncio.to_thread`. Each signal is left alone outside the main thread, and where the program has a handler of its
-    own.
+    own. In a notebook, "interrupt the kernel" is Ctrl-C: the third one, or what any handler raises, cancels the run,
+    and the cell ends when the run has, but no later than 5 s later. A job that blocks the loop for longer is left
+    behind in its thread.
 
     Args:
         job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
@@ -77,16 +89,20 @@ def run(
         switch_interval: what `sys.setswitchinterval` is set to while the run lasts, for the whole process: a thread
             that computes keeps the interpreter for up to that long each time the loop wants it, which is most of what
             `penstock.compute` costs the round trips. Shorter is more switching. None leaves it alone.
+        loop_factory: makes the event loop, as in `asyncio.Runner(loop_factory=)`: `loop_factory=uvloop.new_event_loop`.
+            None asks the event loop policy, so an installed uvloop policy is heard too.
 
     Raises:
-        UsageError: called under a running event loop, or with arguments that cannot work.
+        UsageError: called under a running event loop that is not that of a cell of IPython, or with arguments that
+            cannot work.
         KeyboardInterrupt: Ctrl-C was pressed three times, or when the run was over.
-        Exception: what the source raised, or the job's opening or closing.
+        Exception: what the source raised, or the job's opening or closing, or `loop_factory`.
     """
     refuse_a_child_that_imports("penstock.run()")
-    _refuse_a_running_loop()
+    in_a_cell = _above_a_cell_s_loop()
     check_seconds("drain_timeout", drain_timeout)
     _check_switch_interval(switch_interval)
+    check_loop_factory(loop_factory)
     line = _progress_line(progress, items)
     listening = [*instruments, line] if line is not None else list(instruments)
 
@@ -101,41 +117,13 @@ def run(
             return report
 
     interrupts = Interrupts(drain_timeout)
+    run_main = run_in_own_thread if in_a_cell else run_on_own_loop
     try:
-        with short_switch_interval(switch_interval), interrupts:
-            return _on_a_loop_of_its_own(main)
+        with short_switch_interval(switch_interval), _kernel_s_handler_set_aside(), interrupts:
+            return run_main(main, patience=PATIENCE, loop_factory=loop_factory)
     finally:
         if line is not None:
             line.close()
-
-
-def _on_a_loop_of_its_own(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """As `asyncio.run`, which waits for ever for a task that swallows its cancellation."""
-    runner = asyncio.Runner()
-    loop = runner.get_loop()
-    ended = False
-    try:
-        try:
-            return runner.run(main())
-        finally:
-            ended = _all_ended(loop)
-    finally:
-        if ended:
-            runner.close()
-        else:  # without its unbounded wait
-            asyncio.set_event_loop(None)
-            loop.close()
-
-
-def _all_ended(loop: asyncio.AbstractEventLoop) -> bool:
-    """Cancel what still runs, before it takes another step; False if some of it goes on `PATIENCE` seconds later."""
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if not tasks:
-        return True
-    _, going_on = loop.run_until_complete(asyncio.wait(tasks, timeout=PATIENCE))
-    return not going_on
 
 
 @asynccontextmanager
@@ -158,15 +146,53 @@ async def _refreshed(line: ProgressLine | None) -> AsyncIterator[None]:
         await asyncio.wait([refreshing])
 
 
-def _refuse_a_running_loop() -> None:
+def _above_a_cell_s_loop() -> bool:
+    """Whether the loop that runs in this thread is IPython's, and runs a cell. False where none runs.
+
+    Raises:
+        UsageError: a loop runs here that the run would block.
+    """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return
+        return False
+    if current_job() is None and _in_ipython():
+        return True
     raise UsageError(
         "penstock.run() was called under a running event loop, which it would block. Write "
         "`async with Executor() as executor: report = await executor.run(job, items)`."
     )
+
+
+def _in_ipython() -> bool:
+    """Whether this thread runs cells: the main one, or one that the kernel made for a subshell."""
+    thread = threading.current_thread()
+    if thread is not threading.main_thread() and not _is_ipykernel_s(type(thread)):
+        return False
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_ipython is not None and get_ipython() is not None
+
+
+def _is_ipykernel_s(thing: object) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] == "ipykernel"
+
+
+@contextmanager
+def _kernel_s_handler_set_aside() -> Iterator[None]:
+    """While the block runs, Ctrl-C is not the kernel's, whose handler would cancel the cell's task: we block it.
+
+    It has one in place where the cell itself awaits something.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not _is_ipykernel_s(handler):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody has replaced it since
+            signal.signal(signal.SIGINT, handler)
 
 
 def _check_switch_interval(interval: object) -> None:

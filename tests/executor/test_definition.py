@@ -182,7 +182,9 @@ async def test_a_run_that_is_cancelled_closes_the_resources() -> None:
 # --- definitions that are wrong ---
 
 
-@pytest.mark.parametrize("found", [plus_one, len, 3, lambda: None], ids=repr)
+@pytest.mark.parametrize(
+    "found", [plus_one, len, 3, lambda: None], ids=["a function", "a builtin", "a number", "a lambda"]
+)
 def test_only_an_async_generator_function_is_a_definition(found: Any) -> None:
     with pytest.raises(UsageError, match=r"@penstock\.job found .*expected an async generator function: `async def"):
         penstock.job(found)

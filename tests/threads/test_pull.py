@@ -424,7 +424,7 @@ def test_a_loop_that_is_closed_while_the_source_hangs_makes_no_noise() -> None:
 # --- used wrongly ---
 
 
-@pytest.mark.parametrize("items", [3, None, collected], ids=repr)
+@pytest.mark.parametrize("items", [3, None, collected], ids=["a number", "None", "a function"])
 def test_what_is_no_iterable_is_refused(items: Any) -> None:
     with pytest.raises(UsageError, match="expected an iterable that blocks"):
         pull_in_thread(items)

@@ -19,7 +19,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, Self, TypeAlias
 
@@ -91,7 +91,12 @@ class Interrupts:
 
         # In the context of here: the signal may come in the middle of a job, whose context is not ours to act in.
         context = contextvars.copy_context()
-        self._post = lambda: loop.call_soon_threadsafe(hear, context=context)
+
+        def post() -> None:
+            with suppress(RuntimeError):  # closed since, by another thread; `__exit__` raises what was not heard
+                loop.call_soon_threadsafe(hear, context=context)
+
+        self._post = post
         hear()  # what came before there was an executor
         try:
             yield
@@ -104,8 +109,9 @@ class Interrupts:
         self._received.append(number)
         if len(self._received) > 2 or (self._over and not self._heard):
             self._leave(number)
-        if self._post is not None:
-            self._post()
+        post = self._post  # read once: the loop may be in another thread, which may end its block now
+        if post is not None:
+            post()
 
     def _leave(self, number: int) -> None:
         """End the program as this signal does by default: SIGINT by a KeyboardInterrupt, SIGTERM on the spot.
