@@ -9,7 +9,7 @@ The record is written by the loop thread only. Other threads may read it.
 
 import reprlib
 from collections.abc import Callable, Iterable
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from typing import Any, Protocol, TypeVar
 
 from penstock.errors import UsageError
@@ -79,6 +79,12 @@ _current: ContextVar[RunningJob | None] = ContextVar("penstock_job", default=Non
 
 current_job = _current.get
 """The job whose code is running, or None outside any job. Any thread that runs for the job."""
+
+
+def job_in(context: Context) -> RunningJob | None:
+    """The job whose code runs in `context`."""
+    return context.get(_current)
+
 
 enter = _current.set
 """Make a job the current one, in the context that is current. For the executor alone."""

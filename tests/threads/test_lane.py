@@ -20,13 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock import ClosedError, Executor, JobTimeout, PenstockError, UsageError
+from penstock import ClosedError, Executor, JobTimeout, PenstockError, UsageError, WrongThread
 from penstock.context import RunningJob, enter
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads.call import AbandonedCall, Call, SubmittedCall
 from penstock.threads.lane import Lane
 from penstock.threads.portal import Portal
-from penstock.threads.workers import SHARED, Workers
+from penstock.threads.workers import SHARED, Worker, Workers
 
 BOUND = 10.0
 """Seconds after which a thread of a failed test lets go."""
@@ -238,14 +238,22 @@ async def test_a_call_fails_alone_when_no_thread_can_be_started(
         for _ in range(5):
             with pytest.raises(RuntimeError, match="can't start new thread"):
                 await lane.call(ran.append, 1)
-        submitted, cancelled = lane.submit(ran.append, 1), lane.submit(ran.append, 1)
-        cancelled.cancel()
         with pytest.raises(RuntimeError, match="can't start new thread"):
-            await asyncio.wrap_future(submitted)
-        await asyncio.sleep(0)
+            await asyncio.wrap_future(lane.submit(ran.append, 1))
+    starts = threading.Thread.start
+
+    def refuse_workers(thread: threading.Thread) -> None:
+        if isinstance(thread, Worker):
+            refuse(thread)
+        starts(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse_workers)
+        elsewhere = await asyncio.to_thread(lane.submit, ran.append, 1)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            await asyncio.wrap_future(elsewhere)
     await all_permits_are_back(lane)
     assert ran == []
-    assert lane.statistics().never_started == 1
 
 
 async def test_an_idle_thread_holds_nothing_of_the_calls_it_made(lane: Lane) -> None:
@@ -871,8 +879,8 @@ async def test_closing_leaves_a_cancelled_future_as_it_is(door: Door) -> None:
     assert await asyncio.wrap_future(running) == "through"
 
 
-def test_a_lane_whose_loop_is_closed_refuses_at_once() -> None:
-    """What runs or waits in its threads by then is finished, and its futures are done."""
+def test_a_lane_whose_loop_is_closed_still_runs_what_is_submitted_until_it_is_shut_down() -> None:
+    """No loop is asked for that: what runs or waits by then is finished too, and its futures are done."""
     begin = threading.Event()
 
     async def make() -> tuple[Lane, list["concurrent.futures.Future[Any]"]]:
@@ -884,11 +892,12 @@ def test_a_lane_whose_loop_is_closed_refuses_at_once() -> None:
         return lane, futures
 
     lane, futures = asyncio.run(make())
-    with pytest.raises(ClosedError, match="int was to run in a thread"):
-        lane.submit(int)
-    lane.shutdown()
+    futures.append(lane.submit(int))
     begin.set()
-    assert [future.result(BOUND) for future in futures] == [True, 32]
+    assert [future.result(BOUND) for future in futures] == [True, 32, 0]
+    lane.shutdown()
+    with pytest.raises(ClosedError, match="int was to run in a thread"):
+        lane.submit(int).result(BOUND)
 
 
 def test_calls_work_on_uvloop() -> None:
@@ -1053,7 +1062,8 @@ class Books:
         refuse = Call.refuse
 
         def counted(call: Call, error: Exception) -> None:
-            self.refused += call.asked > 0
+            cancelled = isinstance(call, concurrent.futures.Future) and call.cancelled()  # counted as never started
+            self.refused += call.asked > 0 and not cancelled
             refuse(call, error)
 
         self.refuse = counted
@@ -1160,8 +1170,6 @@ async def test_only_the_first_who_claims_a_submitted_call_runs_it(lane: Lane) ->
     call = SubmittedCall(lane.books, int, (), {})
     assert call.claim()
     assert not call.claim()
-    assert call.future is not None
-    assert call.future.running()
 
 
 async def test_an_error_in_the_users_logging_holds_up_no_other_call(
@@ -1194,3 +1202,193 @@ async def test_an_error_in_the_users_logging_holds_up_no_other_call(
         logger.removeFilter(filter_fails)
     assert [type(error) for error in seen] == [KeyError]
     await all_permits_are_back(lane)
+
+
+# --- from any thread ---
+
+
+async def test_what_is_submitted_by_another_thread_runs_without_the_loop(lane: Lane) -> None:
+    """The loop is blocked all the while, and hears of nothing."""
+    futures = list["concurrent.futures.Future[int]"]()
+    thread = threading.Thread(target=lambda: futures.extend(lane.submit(pow, 2, n) for n in range(20)))
+    thread.start()
+    thread.join(BOUND)  # blocks the loop: so does the next line
+    assert [future.result(BOUND) for future in futures] == [2**n for n in range(20)]
+    assert not lane.books._landed._items
+    await all_permits_are_back(lane)
+
+
+async def test_whoever_waits_for_the_lane_to_be_idle_hears_of_calls_that_no_loop_waits_for(lane: Lane) -> None:
+    """Also where the last one ends just when the loop begins to wait."""
+    loop, go = asyncio.get_running_loop(), threading.Event()
+    future = await asyncio.to_thread(lane.submit, go.wait, BOUND)
+    while not lane.books.busy:
+        await asyncio.sleep(0)
+    create = loop.create_future
+
+    def create_late() -> "asyncio.Future[Any]":
+        loop.create_future = create  # type: ignore[method-assign]
+        go.set()
+        assert concurrent.futures.Future.result(future, BOUND)
+        while lane.books.busy:
+            time.sleep(0)
+        return create()
+
+    loop.create_future = create_late  # type: ignore[method-assign]
+    before = loop.time()
+    assert await lane.books.wait_until_idle(BOUND)
+    assert loop.time() - before < BOUND / 2
+
+
+async def test_whoever_waits_for_the_lane_to_be_idle_is_woken_by_a_submitted_call(lane: Lane, door: Door) -> None:
+    futures = [await asyncio.to_thread(lane.submit, door) for _ in range(4)]
+    await door.come(4)
+    waiting = asyncio.create_task(lane.books.wait_until_idle(BOUND))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    door.open()
+    async with asyncio.timeout(BOUND):
+        assert await waiting
+    assert [future.result(BOUND) for future in futures] == ["through"] * 4
+
+
+async def test_idle_is_told_when_the_last_call_is_abandoned() -> None:
+    """Nobody waits for that one: whoever wants to end need not either."""
+    lane, told, go = Lane("test", 1), list[int](), threading.Event()
+    lane.books.tells = False
+    task = asyncio.create_task(lane.call(go.wait, BOUND))
+    while not lane.books.busy:
+        await asyncio.sleep(0)
+    lane.when_idle(lambda: told.append(1))
+    assert told == []
+    task.cancel()
+    await ended([task])
+    assert told != []
+    go.set()
+    await all_permits_are_back(lane, 1)
+    lane.close()
+
+
+def test_calls_of_all_threads_meet_a_close_and_each_future_is_done(workers: Workers) -> None:
+    """Submitted while the lane closes: run or refused, never forgotten, never both."""
+
+    async def make() -> Lane:
+        return Lane("test", 2, workers=workers)
+
+    for _ in range(20):
+        lane, ran = asyncio.run(make()), list[int]()
+        futures = [list["concurrent.futures.Future[None]"]() for _ in range(3)]
+        start = threading.Barrier(4, timeout=BOUND)
+
+        def submit_all(
+            own: list["concurrent.futures.Future[None]"], start: threading.Barrier = start, lane: Lane = lane,
+            ran: list[int] = ran,
+        ) -> None:  # fmt: skip
+            start.wait()
+            own.extend(lane.submit(ran.append, 1) for _ in range(30))
+
+        threads = [threading.Thread(target=submit_all, args=(own,)) for own in futures]
+        for thread in threads:
+            thread.start()
+        start.wait()
+        lane.close()
+        for thread in threads:
+            thread.join(BOUND)
+        errors = [future.exception(BOUND) for own in futures for future in own]
+        assert len(errors) == 90
+        assert {type(error) for error in errors} <= {type(None), ClosedError}
+        assert len(ran) == errors.count(None)
+
+
+async def test_a_cancelled_future_holds_nothing_of_the_users_when_its_turn_has_passed(lane: Lane, door: Door) -> None:
+    """Neither does the lane: also where a thread was to wait for it."""
+
+    class Argument:
+        pass
+
+    running = [lane.submit(door) for _ in range(4)]
+    await door.come(4)
+    argument = Argument()
+    reference = weakref.ref(argument)
+    future = await asyncio.to_thread(lane.submit, id, argument)
+    del argument
+    assert future.cancel()
+    door.open()
+    for each in running:
+        await asyncio.wrap_future(each)
+    await all_permits_are_back(lane)
+    gc.collect()
+    assert reference() is None
+    assert future.cancelled()
+
+
+async def test_a_nested_call_that_the_loop_submits_and_cancels_is_not_kept(lane: Lane) -> None:
+    """Its place is told as well that nobody needs it any more."""
+    portal = Portal()
+
+    async def on_the_loop() -> bool:
+        return lane.submit(int).cancel()
+
+    assert await lane.call(portal.call, on_the_loop, (), {})
+    await all_permits_are_back(lane)
+    while lane._nested:
+        await asyncio.sleep(0)
+    portal.close()
+
+
+async def test_a_portal_refuses_the_thread_of_its_own_loop(lane: Lane) -> None:
+    """Which it would block; where another loop runs, it may be used."""
+    portal = Portal()
+    with pytest.raises(WrongThread, match="from_thread"):
+        portal.call(int, (), {})
+
+    async def on_another_loop() -> int:
+        value: int = portal.call(pow, (2, 5), {})
+        return value
+
+    assert await lane.call(asyncio.run, on_another_loop()) == 32
+    portal.close()
+
+
+def test_a_call_that_is_queued_while_the_lane_closes_is_refused_once(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the close, which found it in the queue, or by whoever submitted it: not by both."""
+
+    async def make() -> Lane:
+        return Lane("test", 1, workers=workers)
+
+    def hold() -> bool:
+        begun.set()
+        return go.wait(BOUND)
+
+    lane, begun, go = asyncio.run(make()), threading.Event(), threading.Event()
+    running = lane.submit(hold)
+    assert begun.wait(BOUND)
+    refused = list[object]()
+
+    class Closing:
+        """The lock: when it is let go, the lane is closed."""
+
+        def __enter__(self) -> None:
+            lock.__enter__()
+
+        def __exit__(self, *error: Any) -> None:
+            lock.__exit__(*error)
+            monkeypatch.setattr(lane, "_lock", lock)
+            lane.close()
+
+    lock = lane._lock
+    refuse = Call.refuse
+
+    def counted(call: Call, error: Exception) -> None:
+        refused.append(call)
+        refuse(call, error)
+
+    monkeypatch.setattr(Call, "refuse", counted)
+    monkeypatch.setattr(lane, "_lock", Closing())
+    future = lane.submit(int)
+    assert isinstance(future.exception(BOUND), ClosedError)
+    assert refused == [future]
+    go.set()
+    assert running.result(BOUND)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -483,3 +484,135 @@ def test_no_work_is_forgotten_when_several_loops_share_the_threads(make: Make) -
     while workers._promised and time.monotonic() < deadline:
         time.sleep(0.001)
     assert workers._promised == 0
+
+
+# --- sets that belong to one executor ---
+
+
+def test_threads_that_are_kept_do_not_end_when_they_are_idle(make: Make) -> None:
+    """The others do, as ever; a dismissal ends all."""
+    workers = make(3, idle_timeout=0.001, keep=2)
+    tasks = [Task(held=True) for _ in range(3)]
+    run(workers, *tasks)
+    for task in tasks:
+        assert task.began.wait(BOUND)
+    for task in tasks:
+        task.go.set()
+    deadline = time.monotonic() + BOUND
+    while len(workers.threads) > 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    time.sleep(QUICK)  # many times as long as the others had
+    assert len(workers.threads) == 2
+    parked(workers)
+
+
+def test_threads_are_named_by_the_prefix_of_their_set(make: Make) -> None:
+    """Whatever they do, as those of the standard library's executors are."""
+    workers = make(2, prefix="mine")
+    tasks = [Task(held=True), Task(held=True)]
+    run(workers, *tasks)
+    for task in tasks:
+        assert task.began.wait(BOUND)
+    for task in tasks:
+        task.go.set()
+    assert sorted(task.name for task in tasks) == ["mine_0", "mine_1"]
+    parked(workers)
+    assert sorted(worker.name for worker in workers.threads) == ["mine_0", "mine_1"]
+
+
+def test_each_thread_begins_by_what_the_set_was_given_for_that(make: Make) -> None:
+    """Once, in the thread itself, before it takes work."""
+    started = list[threading.Thread]()
+
+    def on_start() -> bool:
+        started.append(threading.current_thread())
+        return True
+
+    workers = make(2, on_start=on_start)
+    for _ in range(3):
+        tasks = [Task(held=True), Task(held=True)]
+        run(workers, *tasks)
+        for task in tasks:
+            assert task.began.wait(BOUND)
+            assert task.worker in started
+            task.go.set()
+        for task in tasks:
+            assert task.landed.wait(BOUND)
+    assert len(started) == len(set(started)) == 2
+
+
+def test_a_set_does_without_a_thread_that_cannot_begin(make: Make) -> None:
+    """The next work has another one started, which does what waits as well."""
+    oks, ended = iter([False, True, True]), threading.Event()
+    workers = make(2, on_start=lambda: next(oks), on_exit=ended.set)
+    run(workers, first := Task())
+    assert ended.wait(BOUND)
+    run(workers, second := Task())
+    assert first.landed.wait(BOUND)
+    assert second.landed.wait(BOUND)
+
+
+def test_a_thread_that_takes_its_time_to_begin_keeps_no_other_from_it(make: Make) -> None:
+    """Both are under way at once: they meet."""
+    meeting = threading.Barrier(2, timeout=BOUND)
+
+    def on_start() -> bool:
+        meeting.wait()
+        return True
+
+    workers = make(2, on_start=on_start)
+    tasks = [Task(held=True), Task(held=True)]
+    run(workers, *tasks)
+    for task in tasks:
+        assert task.began.wait(BOUND)
+        task.go.set()
+
+
+@pytest.mark.parametrize("spare", [0, 2])
+def test_a_set_has_as_many_spare_threads_as_it_is_given(make: Make, spare: int) -> None:
+    """For calls that a thread waits for; those of `SHARED` have a number of their own."""
+    workers = make(1, spare=spare)
+    assert [workers.take_nowait(spare=True) for _ in range(spare + 2)] == [True] * (spare + 1) + [False]
+    assert not workers.all_wait
+    for _ in range(spare + 1):
+        workers.begin_to_wait()
+    assert workers.all_wait
+    for _ in range(spare + 1):
+        workers.go_on()
+        workers.give_back()
+
+
+def test_an_interrupt_while_a_thread_starts_takes_nothing_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes when the thread is under way: it does the work, and others after that."""
+    workers, first, second = make(2), Task(), Task()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    assert workers.take_nowait()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            workers.run(first)
+    assert first.landed.wait(BOUND)
+    run(workers, second)
+    assert second.landed.wait(BOUND)
+
+
+def test_an_interrupt_before_work_is_taken_leaves_none_behind(make: Make) -> None:
+    class Interrupted(deque[Work]):
+        def append(self, work: Work) -> None:
+            raise KeyboardInterrupt
+
+    workers, task = make(1), Task()
+    assert workers.take_nowait()
+    backlog, workers._backlog = workers._backlog, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        workers.run(task)
+    workers._backlog = backlog
+    assert not workers.has(task)
+    workers.run(task)
+    assert task.landed.wait(BOUND)

@@ -21,6 +21,8 @@ class ActiveJob(Holder):
     input: Any = None
     started: float | None = None
     """When its function was called; None before that."""
+    logged: bool = True
+    """Whether its failure goes to the log, too."""
     cancelled: bool = False
     """True when the executor or a stream asked for the cancellation, so that it is no outcome."""
     given_up: bool = False

@@ -35,7 +35,7 @@ from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED, Report, Tally
 from penstock.threads.batch import Batch
 from penstock.threads.main_guard import refuse_a_child_that_imports
-from penstock.threads.portal import Portal
+from penstock.threads.portal import Portal, refuse_on_a_loop
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -386,6 +386,8 @@ class Executor:
         if self._portal is None:
             self._opened()  # raises
             raise AssertionError
+        check_function(fn, "from_thread")
+        refuse_on_a_loop(fn)
         return self._portal.call(fn, args, kwargs)
 
     @property

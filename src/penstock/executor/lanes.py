@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from penstock.callables import name_of
 from penstock.threads.crossing import named
 from penstock.threads.lane import Lane, LaneStatistics
-from penstock.threads.workers import SHARED, check_threads, cores, usable_cores
+from penstock.threads.workers import SHARED, Workers, check_threads, cores, usable_cores
 
 if TYPE_CHECKING:
     from penstock.threads.call import AbandonedCall
@@ -33,12 +33,13 @@ class LanesStatistics(TypedDict):
 class Lanes:
     """The lanes of one executor."""
 
-    def __init__(self, threads: int | None, processes: int | None) -> None:
-        if threads is not None:
+    def __init__(self, threads: int | None, processes: int | None, workers: Workers = SHARED) -> None:
+        if threads is not None and workers is SHARED:
             check_threads("threads", threads)
         if processes is not None:
             check_threads("processes", processes)
         self._threads = threads
+        self._workers = workers
         self._size = min(cores(), SHARED.most) if processes is None else processes
         self._blocking: Lane | None = None
         self._cpu: Lane | None = None
@@ -49,7 +50,7 @@ class Lanes:
     def blocking(self) -> Lane:
         """For blocking calls."""
         if self._blocking is None:
-            self._blocking = Lane("thread", self._threads)
+            self._blocking = Lane("thread", self._threads, workers=self._workers)
         return self._blocking
 
     @property

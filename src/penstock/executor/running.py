@@ -13,7 +13,9 @@ Loop thread only.
 import asyncio
 import concurrent.futures
 import logging
+import threading
 from collections.abc import Callable, Sequence
+from contextvars import Context
 from types import CoroutineType
 from typing import Any, TypeAlias
 
@@ -64,10 +66,14 @@ class RunningJobs:
         self.ran = Histogram()
         self._loop = loop
         self._now = loop.time
+        self._interruptible = threading.current_thread() is threading.main_thread()
+        """Whether a KeyboardInterrupt can be Ctrl-C, which is meant for the program; elsewhere a job has raised it."""
         self._tasks: dict[ActiveJob, asyncio.Task[Any] | None] = {}
         self._instruments = list(instruments)
         self._log = FailureLog()
         self._resized = resized
+        self.on_free: Callable[[], object] | None = None
+        """Called when a job has given its slot back."""
         self._measured: MeasuredJobs | None = None
         self._guard: Guard | None = None
         """To be stirred by each job that starts; None when nothing is measured."""
@@ -96,11 +102,18 @@ class RunningJobs:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, job: ActiveJob) -> None:
-        """Run a stream's job, which has its slot, in a task and a context of its own."""
+    def start(self, job: ActiveJob, context: Context | None = None) -> None:
+        """Run a job that has its slot and a receiver, in a task and a context of its own: this one, or a copy."""
         self._tasks[job] = None  # before the task: an eager one may end within the next line
-        task = self._loop.create_task(self._perform(job), name=job.name)
+        task = self._loop.create_task(self._perform(job), name=job.name, context=context)
         if job in self._tasks:  # pragma: no branch  # an eager task factory (3.12) may have run it to its end
+            self._tasks[job] = task
+
+    def start_in_turn(self, job: ActiveJob, context: Context) -> None:
+        """Run a job that has a receiver in a task and this context, when there is a slot for it."""
+        self._tasks[job] = None
+        task = self._loop.create_task(self._perform_in_turn(job), name=job.name, context=context)
+        if job in self._tasks:  # pragma: no branch  # as above
             self._tasks[job] = task
 
     def submit(self, job: ActiveJob) -> "asyncio.Task[Any]":
@@ -128,6 +141,15 @@ class RunningJobs:
                 task.cancel()
                 if job.started is None and job.receiver is not None:
                     self._end(job, None)
+
+    def cancel_one(self, job: ActiveJob) -> None:
+        """Cancel this job, if it still runs; it ends when its task does."""
+        task = self._tasks.get(job)
+        if task is not None and not job.cancelled:  # a second time would cut off its clean-up
+            job.cancelled = True
+            task.cancel()
+            if job.started is None:
+                self._end(job, None)
 
     async def wait(self, timeout: float | None = None, which: Which = all_of_them) -> bool:
         """Wait until none of these jobs runs; False if `timeout` seconds were not enough.
@@ -173,7 +195,7 @@ class RunningJobs:
         try:
             await self.slots.take(job)
         except asyncio.CancelledError:
-            self._end(job, None)
+            self._end_if_never_begun(job)  # unless who cancelled it has
             raise
         return await self._perform(job)
 
@@ -193,9 +215,14 @@ class RunningJobs:
                 value = await job.fn(*job.args, **job.kwargs)
             if type(value) is CoroutineType:
                 refuse_coroutine(value, job)
-        except GeneratorExit:
-            raise  # the loop was closed under the job: nobody is left to be told
-        except KeyboardInterrupt:
+        except GeneratorExit as error:
+            if job not in self._tasks or asyncio._get_running_loop() is not self._loop:
+                raise  # the loop was closed under the job: nobody is left to be told
+            self._fail(job, error)
+        except KeyboardInterrupt as error:
+            if not self._interruptible:
+                self._fail(job, error)
+                return None
             self._end(job, None)
             task = asyncio.current_task()
             assert task is not None, "this is the body of a task"
@@ -209,18 +236,22 @@ class RunningJobs:
                 raise
             self._end(job, job.failed(error, self._now()))
         except BaseException as error:  # noqa: BLE001  # all of them end the job, and none may end the loop
-            harmless = _harmless(error, job)
-            try:
-                self._end(job, job.failed(harmless, self._now()))
-                if job.receiver is None:
-                    if harmless is error:
-                        raise
-                    raise harmless from harmless.__cause__
-            finally:
-                del harmless  # its traceback holds this frame: a cycle that would keep the item alive
+            self._fail(job, error)
         else:
             self._end(job, job.succeeded(value, self._now()))
             return value if job.receiver is None else None
+
+    def _fail(self, job: ActiveJob, error: BaseException) -> None:
+        """Its function has raised `error`, which is being handled."""
+        harmless = _harmless(error, job)
+        try:
+            self._end(job, job.failed(harmless, self._now()))
+            if job.receiver is None:
+                if harmless is error:
+                    raise error
+                raise harmless from harmless.__cause__
+        finally:
+            del harmless  # its traceback holds this frame: a cycle that would keep the item alive
 
     async def _in_time(self, job: ActiveJob, timeout: float) -> Any:
         """Call the job's function, for at most `timeout` seconds; deliver its outcome without it if it does not end.
@@ -269,6 +300,8 @@ class RunningJobs:
         if not job.given_up:
             self._deliver(job, outcome)
         job.forget()
+        if self.on_free is not None:
+            self.on_free()
 
     def _deliver(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         try:
@@ -288,7 +321,8 @@ class RunningJobs:
             self.ran.record(outcome.ran)
         else:
             self.failed[outcome.kind] = self.failed.get(outcome.kind, 0) + 1
-            self._log.write(job, outcome)
+            if job.logged:
+                self._log.write(job, outcome)
         if self._instruments:
             self._tell(JobEnded(outcome))
 

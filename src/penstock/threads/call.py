@@ -1,6 +1,9 @@
 """One call in a thread: its states, and who waits for it.
 
-    made on the loop -> queued, or given to a thread -> claimed -> run, in the caller's context -> landed -> over
+    made -> queued, or given to a thread -> claimed -> run, in the caller's context -> landed -> over
+
+A call whose caller is a coroutine lands on the loop. One that was submitted, whose caller may be in any thread, lands
+where it ran: its future is done, and the loop hears nothing of it unless somebody there waits for that.
 
 What a call is at the moment is decided by who claims it first: its thread, which then runs it, or its caller that has
 gone, after which it never starts. A call *asks* when its thread waits for the loop (`penstock.from_thread`); calls that
@@ -10,20 +13,24 @@ Guarantees: what would end more than the call (`StopIteration`, `SystemExit`, `K
 error. A call that is over holds nothing of the user's.
 
 Threads: `value`, `error`, `began` and `ended` are written by the thread before the call lands. All else belongs to the
-loop thread, but for `claim`.
+loop thread, but for `claim`; and but for a submitted call, which nobody but its thread knows any more once it has run.
 """
 
 import contextvars
-from collections.abc import Callable, Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 from penstock.callables import name_of
 from penstock.context import RunningJob, current_job
 from penstock.outcome import contained
 from penstock.permits import PermitQueue
+from penstock.threads.future import Waiters, WatchedFuture
 from penstock.threads.workers import Worker
 
 if TYPE_CHECKING:
@@ -31,6 +38,9 @@ if TYPE_CHECKING:
 
     from penstock.threads.crossing import Crossing
     from penstock.threads.place import Place
+
+logger = logging.getLogger("concurrent.futures")
+"""Where the standard library tells of callbacks that go wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +80,13 @@ class Call:
     on_loan: bool = False
     """Whether it runs on the place of a call that waits, and so takes none of its own."""
     over: bool = False
+    finished: bool = False
+    """Whether its thread has ended it. With the lane's lock held."""
     abandoned: bool = False
-    error: Exception | None = None
+    error: BaseException | None = None
     value: Any = None
+    _done_callbacks: Sequence[object] = ()
+    """Functions of the user's that are called at its end, and may take their time; as `Future` calls them."""
     place: "Place | None" = None
     """What it lends, once its thread has waited for the loop, or while it runs on the place of another call."""
 
@@ -121,8 +135,16 @@ class Call:
         try:
             self.value = self.context.run(self.fn, *self._args, **self._kwargs)
         except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
-            self.error = contained(error, self.name)
+            self.error = self.told(error)
         self.ended = now()
+
+    def told(self, error: BaseException) -> BaseException:
+        """What its caller is told of `error`."""
+        return contained(error, self.name)
+
+    def hand_over(self) -> None:
+        """It has been ended, and its thread counts as free: tell who waits for it."""
+        self.crossing.land(self)
 
     def claim_for_thread(self) -> bool:
         """True if this thread is to run it, which is then counted."""
@@ -148,7 +170,7 @@ class Call:
 
     def land(self) -> None:
         """Its thread has ended it, or left it since its caller has gone."""
-        self.crossing.land(self)
+        self.hand_over()
         self.crossing.end_external_work()
 
     # --- loop thread ---
@@ -183,54 +205,133 @@ class Call:
     def forget(self) -> None:
         """Let go of the user's data: whoever still knows this record needs them no more."""
         self._args = ()
-        self._kwargs = {}
+        self._kwargs = _NOTHING
         self.value = self.error = self.waiter = self.give_back = self.place = None
-        self.context = _short_cut(self.context)
+        if self.context.get(asking_call) is None:
+            self.context = _NO_CONTEXT
+        else:
+            self.context = _short_cut(self.context)
 
 
-class SubmittedCall(Call):
-    """A call whose caller holds a `concurrent.futures.Future`, which is done as soon as the thread is."""
+class SubmittedCall(Call, WatchedFuture[Any]):
+    """A call that is its own `concurrent.futures.Future`, which is done as soon as the thread is free again."""
+
+    waiter = None
+    told_already: bool = False
+    """Whether its holder knows how it ended."""
 
     def __init__(
         self, crossing: "Crossing", fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        super().__init__(crossing, fn, args, kwargs)
-        self.future: Future[Any] | None = Future()
+        Future.__init__(self)
+        self._waiters = waiters = Waiters()
+        waiters.future = ref(self)
+        self.crossing = crossing
+        self.fn = fn
+        self._args = args
+        self._kwargs = kwargs
+        self.context = context_of_caller()
+        self.job = current_job()
+        self._claim = [True]
 
-    def claim(self) -> bool:
-        """True for its thread, unless its future has been cancelled; from now on that cannot be done."""
-        if not super().claim():
-            return False
-        assert self.future is not None, "only a call that is over has forgotten it, and that one was claimed"
-        if self.future.set_running_or_notify_cancel():
-            return True
-        with self.crossing.lock:
-            self.crossing.never_started += 1
-        return False
+    @property
+    def subject(self) -> str:
+        """What messages call it."""
+        return self.name
+
+    @property
+    def wanted(self) -> Call | None:
+        """Itself, until it is over."""
+        return None if self.over else self
 
     def run(self) -> None:
-        """Call the function; then the future is done."""
-        super().run()
-        self.tell()
+        """Call the function, unless the future has been cancelled; from now on that cannot be done. Never raises."""
+        crossing = self.crossing
+        if not self.set_running_or_notify_cancel():
+            with crossing.lock:
+                crossing.never_ran()
+            self.told_already = True
+            return
+        if crossing.timed:
+            self.began = crossing.loop.time()
+        self.value, error = _performed(self.context, self.perform)
+        if error is not None:
+            self.error = self.told(error)
+        if crossing.timed:
+            self.ended = crossing.loop.time()
+        del self, error  # the frames of the error's traceback know the one that has called them, this one: a cycle
+
+    def perform(self) -> Any:
+        """Call the function, in the context of the call."""
+        fn, args, kwargs = self.fn, self._args, self._kwargs
+        del self  # an error's traceback holds this frame: a cycle
+        return fn(*args, **kwargs)
+
+    def hand_over(self) -> None:
+        """The future is done. The loop hears of it where somebody waits there for calls to be over."""
+        if not self.told_already:
+            self.told_already = True
+            try:
+                if self.error is None:
+                    self.set_result(self.value)
+                else:
+                    self.set_exception(self.error)
+            except BaseException:  # of a callback: what is no Exception comes through, and would end the thread
+                logger.critical("Exception in worker", exc_info=True)
+        if self.give_back is not None or self.crossing.waiting or self.crossing.attentive:
+            self.crossing.land(self)
+        else:
+            self.over = True
+            self.forget()
 
     def tell(self) -> None:
-        """The future is done, if it is not yet."""
-        future = self.future
-        if future is None or future.done():
+        """Say to its holder that it is refused; any other end has been told where it came."""
+        if self.told_already:
             return
-        if self.error is None:
-            future.set_result(self.value)
+        self.told_already = True
+        assert self.error is not None, "it has been refused"
+        if self.set_running_or_notify_cancel():
+            self.set_exception(self.error)
         else:
-            future.set_exception(self.error)
+            with self.crossing.lock:
+                self.crossing.never_started += 1
 
     def forget(self) -> None:
-        """Let go of the future as well."""
-        super().forget()
-        self.future = None
+        """Let go of the user's data, function included: its holder may keep the future for long."""
+        self.fn = _over
+        self._args = ()
+        self._kwargs = _NOTHING
+        self.value = None
+        if self.error is not None or self.place is not None or self.give_back is not None or self.job is not None:
+            self.error = self.place = self.give_back = self.job = None
+        self.context = _NO_CONTEXT if self.context.get(asking_call) is None else _short_cut(self.context)
+
+
+def _performed(
+    context: contextvars.Context, perform: Callable[[], Any]
+) -> tuple[Any, None] | tuple[None, BaseException]:
+    """The value or the error. In a frame of its own, which the error's traceback holds and which knows no future."""
+    try:
+        return context.run(perform), None
+    except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
+        return None, error
+    finally:
+        del context, perform
 
 
 asking_call: ContextVar[Call | None] = ContextVar("penstock_asking_call", default=None)
 """The call in a thread on whose behalf this code runs on the loop."""
+
+
+def context_of_caller() -> contextvars.Context:
+    """A copy of the current context; in a thread that runs a call, what is done in the copy is done for that call."""
+    context = contextvars.copy_context()
+    thread = threading.current_thread()
+    if isinstance(thread, Worker):
+        call = thread.call
+        if isinstance(call, Call) and context.get(asking_call) is not call:
+            context.run(asking_call.set, call)
+    return context
 
 
 def asking_calls(context: contextvars.Context, home: object = None) -> Iterator[Call]:
@@ -252,11 +353,14 @@ def _short_cut(context: contextvars.Context) -> contextvars.Context:
 
     A chain of calls, each of which has the next one made and ends, must not grow for ever.
     """
-    if context.get(asking_call) is None:
-        return _NO_CONTEXT
     short = contextvars.Context()
     short.run(asking_call.set, next((call for call in asking_calls(context) if not call.over), None))
     return short
 
 
 _NO_CONTEXT = contextvars.Context()
+_NOTHING: dict[str, Any] = {}
+
+
+def _over() -> None:
+    """What is left of the function of a submitted call that is over."""

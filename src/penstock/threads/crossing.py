@@ -8,22 +8,19 @@ stops waiting *abandons* a call that runs, which cannot be stopped; one that has
 variables go in. What would end more than the call (`StopIteration`, `SystemExit`, `KeyboardInterrupt`) comes back as
 an error. A loop that is closed in the meantime is told nothing.
 
-One wake-up for many: each `call_soon_threadsafe` writes to a socket and makes the loop turn, which costs more than the
-rest of a short call (`tests/benchmarks/bridge.py` prints it). So calls land in a deque, and only the first one wakes.
-
 Threads: the counts are changed with the lock held and may be read without. All else belongs to the loop thread.
 """
 
 import asyncio
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
 from penstock.context import leases
 from penstock.threads.call import AbandonedCall, Call
+from penstock.threads.mailbox import Mailbox
 from penstock.threads.place import Place, lender_of
 from penstock.threads.workers import Workers
 
@@ -56,15 +53,18 @@ class Crossing:
         """Calls whose caller went away before they began."""
         self.given_up = 0
         """Calls that have been abandoned."""
+        self.timed = False
+        """Whether it matters how long submitted calls have their threads."""
         self.tells = True
         """Whether callers that wait in vain are worth a warning."""
         self.door = Door(self.begin)
         """For calls that have their permit and their thread."""
         self._abandoned: dict[Call, None] = {}
         self._told = 0
-        self._landed: deque[Call] = deque()
-        self._woken = False
+        self._landed: Mailbox[Call] = Mailbox(self.loop, self._arrive, self._all_arrived)
         self._idle: asyncio.Future[None] | None = None
+        self.attentive = False
+        """Whether somebody on the loop waits for all calls to be over."""
         self.waiting: dict[Place, None] = {}
         """The places of calls whose threads wait for the loop. Loop thread only."""
         self.changed: Callable[[], object] = _nothing
@@ -133,25 +133,29 @@ class Crossing:
     async def wait_until_idle(self, timeout: float) -> bool:
         """Wait until nothing runs that somebody waits for; False if `timeout` seconds were not enough."""
         if not self._is_idle():
-            self._idle = self.loop.create_future()
+            self._idle, self.attentive = self.loop.create_future(), True
             try:
-                await asyncio.wait([self._idle], timeout=timeout)
+                if not self._is_idle():  # a submitted call tells nobody that ended before it could see the future
+                    await asyncio.wait([self._idle], timeout=timeout)
             finally:
-                self._idle = None
+                self._idle, self.attentive = None, False
         return self._is_idle()
+
+    @property
+    def abandoned_calls(self) -> int:
+        """How many calls run though nobody waits for them."""
+        return len(self._abandoned)
 
     def _is_idle(self) -> bool:
         return self.busy <= len(self._abandoned)
 
-    def _arrive(self) -> None:
-        self._woken = False  # before looking: who lands from now on wakes again
-        landed = self._landed
-        while landed:
-            call = landed.popleft()
-            try:
-                self._over(call)
-            except Exception as error:  # noqa: BLE001  # a filter of the user's logging, for example; others have landed too
-                self.loop.call_exception_handler({"message": f"the end of {call.name} went wrong", "exception": error})
+    def _arrive(self, call: Call) -> None:
+        try:
+            self._over(call)
+        except Exception as error:  # noqa: BLE001  # a filter of the user's logging, for example; others have landed too
+            self.loop.call_exception_handler({"message": f"the end of {call.name} went wrong", "exception": error})
+
+    def _all_arrived(self) -> None:
         self.changed()
         if self._idle is not None and not self._idle.done() and self._is_idle():
             self._idle.set_result(None)
@@ -186,16 +190,15 @@ class Crossing:
         self.ended += 1
         self.seconds += call.ended - call.began
 
+    def never_ran(self) -> None:
+        """A call that has been counted as begun was cancelled before it ran. With the lock held."""
+        self.never_started += 1
+        self.started -= 1
+        self.ended -= 1  # its end is about to be counted
+
     def land(self, call: Call) -> None:
-        """Tell the loop that a call is over."""
-        self._landed.append(call)
-        if not self._woken:
-            self._woken = True
-            try:
-                self.loop.call_soon_threadsafe(self._arrive)
-            except RuntimeError:  # the loop is closed: nobody waits
-                self._woken = False
-                self._landed.clear()
+        """Tell the loop that a call is over. Nobody waits when it is closed."""
+        self._landed.post(call)
 
 
 class Door(Executor):

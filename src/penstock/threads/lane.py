@@ -4,9 +4,13 @@
                                   thread: fn, in the caller's context; then the next in the queue
                                   loop: the call is over -> caller goes on
 
+    lane.submit(fn, ...)          any thread: the same queue; the future is done where fn ran, and no loop is woken
+
 Guarantees: a permit is a thread that goes through the queue. So never more than `limit` calls are at work, however many
 callers gave up waiting: a thread that one of them has left is still at it. (Calls that wait for the loop are not at
-work; when all do, one that a thread waits for gets a thread beyond the limit, see `_relieve`.) First in, first out. A
+work; when all do, one that a thread waits for gets a thread beyond the limit, see `_relieve`. Nor is one that waits for
+a `WatchedFuture`: while it does, another thread stands in for it, which runs nothing but calls that threads wait for,
+the latest first: so there are never more threads than the limit and those that wait.) First in, first out. A
 lane that is closed sends away whoever waits for it; a thread that hangs keeps neither the close nor the interpreter's
 exit waiting.
 
@@ -24,11 +28,13 @@ and needs neither a lock nor a wake-up of its own.
 `call`, `close` and `statistics` belong to the loop thread.
 """
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from penstock.callables import name_of
@@ -41,6 +47,10 @@ from penstock.threads.place import Place, out_of_threads
 from penstock.threads.workers import SHARED, Worker, Workers
 
 T = TypeVar("T")
+
+STANDSTILL = 1.0
+"""Seconds for which all threads of a lane may wait for futures while calls wait for a thread. Arbitrary, because: a
+service that takes longer is seldom waited for by all of them, and one thread more for each such second is few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +90,36 @@ class Lane(Executor):
         self._workers = workers
         self._lock = self.books.lock
         self._queue: OrderedDict[Call, None] = OrderedDict()
+        self._wanted: dict[Call, None] = {}
+        """Those of them that threads of this lane wait for, or may come to wait for."""
+        self._standing = 0
+        """Threads that wait for a future, and may be stood in for."""
+        self._standing_for_jobs = 0
+        """Those of them that wait for a job."""
+        self._looks = False
+        """Whether a look at whether it stands still is under way. Loop thread only."""
+        self._waited: dict[Call, int] = {}
+        """How many of them wait for just this call."""
+        self._on_idle: Callable[[], object] | None = None
         self._runners = 0
         """Threads that go through the queue: the permits that are taken."""
         self._on_its_way = False
         """A thread has been summoned that has not taken its first call yet."""
         self._no_thread = False
         """The set of threads has said that there is none left; it will tell."""
+        self._no_spare = False
+        """The same of its spare threads."""
         self._nested: dict[Call, list[Place]] = {}
         """Calls that threads wait for, and the places of this lane that may run them. Loop thread only."""
         self._relief: Call | None = None
         """The last of them that was given a thread beyond the lane's own."""
         self.books.changed = self._look_at_nested
-        self._closed = False
+        self._closed: Callable[[Call], Exception] | None = None
+        """How calls are refused, once it takes no more."""
         self._door = Door(self._enter)
         self._measured = Measured(self, workers) if limit is None else None
         if self._measured is not None:
+            self.books.timed = True
             self.books.recovered = self._measured.watch
         self._backlog = Backlog(self) if processing else None
 
@@ -129,26 +154,86 @@ class Lane(Executor):
         refuses by `ClosedError`, raised here or set as the future's error.
         """
         call = SubmittedCall(self.books, fn, args, kwargs)
-        future: Future[T] | None = call.future
-        assert future is not None, "only a call that is over has forgotten it"
+        self.queue(call)
+        return call
+
+    def queue(self, call: SubmittedCall) -> None:
+        """Have a submitted call run. Any thread."""
+        if asyncio._get_running_loop() is self._loop:
+            self._enter(call)
+            return
+        call.home = self
+        measured = self._measured
+        if measured is not None:
+            call.asked = self._loop.time()
+        nested = call.context.get(asking_call) is not None and waited_for(call.context)
         try:
-            self._loop.call_soon_threadsafe(self._enter, call)
-        except RuntimeError as error:
-            raise _closed(call) from error
-        return future
+            with self._lock:
+                if self._closed is None:
+                    self.asked += 1
+                    self._queue[call] = None
+                    if nested:
+                        self._wanted[call] = None
+                    if not self._on_its_way and (nested or self._runners < self.limit):
+                        self._summon(nested)
+            if self._standing:
+                self._look_whether_it_stands_still()
+        except RuntimeError as error:  # no thread can be started: it belongs to who waits for the call
+            self._drop(call, error)
+        except BaseException:  # an interrupt: nobody has its future, and perhaps no thread is on its way for it
+            with self._lock:
+                self._queue.pop(call, None)
+                self._wanted.pop(call, None)
+            call.cancel()
+            raise
+        if self._closed is not None:
+            self._drop(call, self._closed(call))
+        if measured is not None and self._queue and measured.rests:
+            with suppress(RuntimeError):  # the loop is closed: the threads that there are go on with the queue
+                self._loop.call_soon_threadsafe(measured.watch)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more calls; see `close`. Any thread. Never waits: the threads are not the lane's."""
-        with suppress(RuntimeError):  # the loop is closed: so is the lane
+        try:
             self._loop.call_soon_threadsafe(self.close)
+        except RuntimeError:  # the loop is closed: nobody there is about to look at what is changed
+            self.close()
 
     def close(self) -> None:
         """Take no more calls and refuse those that wait. Never blocks. Closing twice is fine."""
-        self._closed = True
+        self.refuse_by(_closed)
+
+    def refuse_by(self, error: Callable[[Call], Exception]) -> None:
+        """Take no more calls, and end those that wait with an error. Loop thread; any, where no coroutine calls."""
         with self._lock:
+            if self._closed is None:
+                self._closed = error
             waiting = list(self._queue)
         for call in waiting:
-            self._send_away(call, _closed(call))
+            self._send_away(call, error(call))
+        self._look_whether_idle()
+
+    def cancel_waiting(self) -> None:
+        """Cancel the futures of submitted calls that have no thread yet. Any thread."""
+        with self._lock:
+            waiting = [call for call in self._queue if isinstance(call, SubmittedCall)]
+        for call in waiting:
+            call.cancel()
+
+    def when_idle(self, tell: Callable[[], object]) -> None:
+        """Call `tell`, in any thread, whenever no call waits or runs, but for those that nobody waits for."""
+        self._on_idle = tell
+        self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        if self._on_idle is not None and self.idle:
+            self._on_idle()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call waits or runs, but for those that nobody waits for any more."""
+        with self._lock:
+            return not self._queue and self.books.busy <= self.books.abandoned_calls
 
     @property
     def waiting(self) -> int:
@@ -195,22 +280,25 @@ class Lane(Executor):
 
     def _enter(self, call: Call) -> None:
         """Queue the call, and see that a thread comes."""
-        if self._closed:
-            call.refuse(_closed(call))
+        if self._closed is not None:
+            call.refuse(self._closed(call))
             return
         call.home = self
         call.asked = self._loop.time()
         self.asked += 1
         nested = call.context.get(asking_call) is not None and waited_for(call.context)
+        if nested:
+            self._offer(call)  # before a thread may take it: who ends it is to find that somebody here is to be told
         try:
             with self._lock:
                 self._queue[call] = None
-                if not self._on_its_way and self._runners < self.limit:
+                if nested or (self._standing_for_jobs and call.job is not None):
+                    self._wanted[call] = None
+                if not self._on_its_way and (self._wanted or self._runners < self.limit):
                     self._summon(nested)
         except RuntimeError as error:  # no thread can be started: it belongs to who waits for the call
             self._send_away(call, error)
         if nested and not call.over:
-            self._offer(call)
             self._look_at_nested()
         if self._measured is not None:
             self._measured.watch()
@@ -231,10 +319,11 @@ class Lane(Executor):
             place.withdraw(call)
         with self._lock:
             self._queue.pop(call, None)
+            self._wanted.pop(call, None)
 
     def _look_at_nested(self) -> None:
         """Something has changed: calls that threads wait for may need another thread than the lane's next one."""
-        if not self._nested:
+        if not self._nested and not self._wanted:
             return
         with self._lock:
             full = self._no_thread or (self._runners >= self.limit and not self._on_its_way)
@@ -257,10 +346,10 @@ class Lane(Executor):
         if self._relief is not None and self._relief.unclaimed:
             return
         with self._lock:
-            idle = not self._on_its_way and self.books.busy <= len(self.books.waiting)
+            idle = not self._on_its_way and self.books.busy <= len(self.books.waiting) + self._standing
             if not idle or any(place.has_work for place in self.books.waiting):
                 return
-            call = next((call for call in self._nested if call.unclaimed), None)
+            call = next((call for call in (*self._nested, *self._wanted) if call.unclaimed), None)
         if call is None:
             return
         if not self._workers.take_nowait(spare=True):
@@ -282,6 +371,103 @@ class Lane(Executor):
         if call.claim():
             call.refuse(error)
 
+    def _drop(self, call: Call, error: Exception) -> None:
+        """As `_send_away`, for a call that the loop does not know. Any thread."""
+        with self._lock:
+            self._queue.pop(call, None)
+            self._wanted.pop(call, None)
+        if call.claim():
+            call.refuse(error)
+
+    # --- threads that wait for a future; any thread ---
+
+    def stand_in(self, wanted: Sequence[Call | None]) -> Callable[[], None]:
+        """The thread that calls waits for these calls from now on, None is for a job: another one may run them.
+
+        A job may need any call that a job has made: it, or those whose slot it waits for. What else may be behind it is
+        not known: see `_last_resort`.
+
+        What is returned ends that: who stood in for it leaves after the call that it runs. Where it is one call that is
+        waited for, it ends with that call already, so that no more functions are at work than the limit.
+
+        Raises:
+            DeadlockError: so do all others, and there is no thread left for what it waits for.
+        """
+        calls = [call for call in wanted if call is not None]
+        only = calls[0] if len(wanted) == len(calls) == 1 else None
+        for_jobs = len(calls) < len(wanted)
+        self._workers.begin_to_wait()
+        with self._lock:
+            if only is not None and only.finished:
+                return self._workers.go_on
+            self._standing += 1
+            self._standing_for_jobs += for_jobs
+            if only is not None:
+                self._waited[only] = self._waited.get(only, 0) + 1
+            if for_jobs:
+                calls += [call for call in self._queue if call.job is not None]
+            for call in calls:
+                if call in self._queue and (call is only or call not in self._wanted):
+                    self._wanted.pop(call, None)  # what one thread waits for comes next; of several, any is right
+                    self._wanted[call] = None
+            with suppress(RuntimeError):  # no thread can be started: the others go on with the queue
+                self._summon()
+            stuck = None
+            if not self._on_its_way and self._workers.all_wait:
+                stuck = next((call for call in calls if call.unclaimed), None)
+        go_on = partial(self._stand_in_no_more, only, for_jobs)
+        if stuck is not None:
+            go_on()
+            raise out_of_threads(stuck)
+        if self._nested:
+            self.look_soon()
+        self._look_whether_it_stands_still()
+        return go_on
+
+    def _stand_in_no_more(self, only: Call | None, for_jobs: bool) -> None:
+        self._workers.go_on()
+        with self._lock:
+            self._standing_for_jobs -= for_jobs
+            if only is None:
+                self._standing -= 1
+            elif (waiting := self._waited.pop(only, 0)) > 0:
+                self._standing -= 1
+                if waiting > 1:
+                    self._waited[only] = waiting - 1
+
+    @property
+    def _stands_still(self) -> bool:
+        """Whether calls wait for a thread, all of which wait for futures. With the lock held."""
+        return bool(self._queue) and not self._on_its_way and 0 < self.books.busy <= self._standing
+
+    def _look_whether_it_stands_still(self) -> None:
+        with self._lock:
+            stands_still = self._stands_still
+        if stands_still:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to look
+                self._loop.call_soon_threadsafe(self._look_later)
+
+    def _look_later(self) -> None:
+        """See to it that it does not stand still for ever. In the loop."""
+        if not self._looks:
+            self._looks = True
+            self._loop.call_later(STANDSTILL, self._last_resort, self.books.started)
+
+    def _last_resort(self, started: int) -> None:
+        """What its threads wait for may wait, in ways that nobody can see, for any of the calls in the queue.
+
+        So when nothing has begun for a while, one of them gets a thread; the oldest, as it would from a thread that is
+        free. Not at once: a pool whose functions wait for a service would grow by a thread for each call in its queue.
+        """
+        self._looks = False
+        with self._lock, suppress(RuntimeError):  # no thread can be started: the next look may be luckier
+            if not self._stands_still:
+                return
+            if self.books.started == started:
+                self._wanted[next(iter(self._queue))] = None
+                self._summon()
+        self._look_later()
+
     def _left(self, call: Call, error: BaseException) -> None:
         """The caller of a call has gone."""
         self._withdraw(call)
@@ -290,33 +476,39 @@ class Lane(Executor):
         if in_vain is not None and not call.abandoned:
             error.add_note(in_vain)
         self.books.tell_once(in_vain, self.limit)
+        self._look_whether_idle()
         self._look_at_nested()  # a thread may have been about to run it, for which others were given none
 
     # --- threads that go through the queue; any thread, with the lock held ---
 
     def _summon(self, spare: bool = False) -> None:
         """See that a further thread comes, if one may and is needed."""
-        if self._on_its_way or self._runners >= self.limit or not self._queue:
+        if self._on_its_way or not self._queue:
             return
+        if self._runners >= self.limit and (self._runners >= self.limit + self._standing or not self._wanted):
+            return
+        spare = spare or bool(self._wanted)
         if not self._workers.take_nowait(spare=spare):
-            if not self._no_thread:
-                self._no_thread = True
-                self._workers.when_free(self._thread_is_free)
+            if not (self._no_spare if spare else self._no_thread):
+                self._no_spare, self._no_thread = self._no_spare or spare, True
+                self._workers.when_free(self._thread_is_free, spare=spare)
             return
-        self._runners += 1
-        self._on_its_way = True
-        self.books.begin_external_work()
+        runner = _Runner(self)
         try:
-            self._workers.run(_Runner(self))
-        except Exception:  # and not an interrupt, which may come when the thread is under way
-            self._runners -= 1
-            self._on_its_way = False
-            self.books.end_external_work()
+            self._runners += 1
+            self._on_its_way = not self._workers.starts_slowly
+            self.books.begin_external_work()
+            self._workers.run(runner)
+        except BaseException:  # an interrupt may come when the thread is under way, which waits for the lock
+            if not runner.begun and not self._workers.has(runner):
+                self._runners -= 1
+                self._on_its_way = False
+                self.books.end_external_work()
             raise
 
     def _thread_is_free(self) -> None:
         with self._lock, suppress(RuntimeError):
-            self._no_thread = False
+            self._no_thread = self._no_spare = False
             self._summon()
 
     def _take(self, *, after_call: bool = False) -> Call | None:
@@ -325,19 +517,36 @@ class Lane(Executor):
         A thread that has done one call leaves when others wait for a thread of the set, or a lane that is never idle
         would keep it from them. Not when calls are queued that threads wait for.
         """
-        leave = after_call and self._workers.wanted and not self._nested
+        leave = after_call and self._workers.wanted and not self._nested and not self._wanted
         while self._queue and self._runners <= self.limit and not leave:
             call, _ = self._queue.popitem(last=False)
+            if self._wanted:
+                self._wanted.pop(call, None)
             if call.claim():
                 self.books.started += 1
-                if self._queue and not self._on_its_way and self._runners < self.limit:
+                if self._queue and not self._on_its_way and (self._runners < self.limit or self._wanted):
                     with suppress(RuntimeError):  # no thread to be had: this one comes back
                         self._summon()
                 return call
+        if self._wanted and (stood_in_for := self._take_wanted()) is not None:
+            return stood_in_for
         self._runners -= 1
         if self._queue:
             with suppress(RuntimeError):
                 self._summon()  # behind those others
+        return None
+
+    def _take_wanted(self) -> Call | None:
+        """The latest call that threads wait for, for one that stands in."""
+        while self._wanted and self._runners <= self.limit + self._standing:
+            call, _ = self._wanted.popitem()
+            self._queue.pop(call, None)
+            if call.claim():
+                self.books.started += 1
+                if self._wanted and not self._on_its_way:
+                    with suppress(RuntimeError):  # no thread to be had: this one comes back
+                        self._summon()
+                return call
         return None
 
 
@@ -356,7 +565,7 @@ class _Relief:
 
     def land(self) -> None:
         if self._claimed:
-            self._call.crossing.land(self._call)
+            self._call.hand_over()
         self._call.crossing.end_external_work()
 
 
@@ -364,34 +573,45 @@ class _Runner:
     """What a thread does for a lane: one call after the other, until none is left."""
 
     def __init__(self, lane: Lane) -> None:
+        self.begun = False
+        """Whether a thread has it."""
         self._lane = lane
         self._last: Call | None = None
 
     def __call__(self, worker: Worker) -> None:
-        lane, lock = self._lane, self._lane._lock
+        self.begun = True
+        lane, lock, books = self._lane, self._lane._lock, self._lane.books
         with lock:
             lane._on_its_way = False
             call = lane._take()
         if lane._nested and call is not None:  # it may have taken another one than those that threads wait for
             lane.look_soon()
+        worker.call = call
         while call is not None:
-            worker.call = call
             call.run()
+            if call._done_callbacks:  # it is busy until they are through, and no other call is to wait for that
+                call.hand_over()
             with lock:
-                lane.books.count_end(call)
+                books.ended += 1  # as `Crossing.count_end`, without the cost of a call
+                books.seconds += call.ended - call.began
+                call.finished = True
+                if lane._waited:
+                    lane._standing -= lane._waited.pop(call, 0)
                 done, call = call, lane._take(after_call=True)
+                worker.call = call  # with the lock: the lane may be idle from here on, and then this thread is
             if call is None:
                 self._last = done
             else:
-                lane.books.land(done)
+                done.hand_over()  # a second time it only lands, where somebody on the loop waits for that
             del done  # nothing of a call may stay alive while the next one runs
-        worker.call = None
 
     def land(self) -> None:
         """The last call lands when the thread counts as free: its caller may be about to make the next one."""
-        if self._last is not None:
-            self._lane.books.land(self._last)
+        last, self._last = self._last, None  # an error's traceback may know this
+        if last is not None:
+            last.hand_over()
         self._lane.books.end_external_work()
+        self._lane._look_whether_idle()
 
 
 def _closed(call: Call) -> ClosedError:

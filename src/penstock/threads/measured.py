@@ -56,6 +56,11 @@ class Measured:
         self._burnt = _BurntCpu(workers, lane.books)
         self._last = self._counts()
 
+    @property
+    def rests(self) -> bool:
+        """Whether nothing is decided at the moment. Any thread."""
+        return self._timer is None
+
     def watch(self) -> None:
         """A call has been made, or an abandoned one is over: there may be something to decide."""
         if self._timer is None:
@@ -69,6 +74,7 @@ class Measured:
 
     def _tick(self) -> None:
         lane, now = self._lane, self._loop.time()
+        self._timer = None  # before looking: who makes a call from now on watches again
         self._lags.append(now - self._due)
         counts, last = self._counts(), self._last
         self._last = counts
@@ -90,9 +96,7 @@ class Measured:
         )
         if places != lane.limit:
             lane.resize(places)
-        if self._staffing.settled or lane.books.busy >= self._most:
-            self._timer = None
-        else:
+        if not self._staffing.settled and lane.books.busy < self._most:
             self._set_timer()
 
     def _counts(self) -> tuple[float, float, float, float]:

@@ -150,7 +150,7 @@ def run_in_place(call: Call, worker: Worker, depth: int) -> None:
             call.error = out_of_threads(call)
             with call.crossing.lock:
                 call.crossing.started -= 1
-    call.crossing.land(call)
+    call.hand_over()
 
 
 def _ran_in_a_further_thread(call: Call) -> bool:

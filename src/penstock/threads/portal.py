@@ -24,10 +24,11 @@ from inspect import isawaitable
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from penstock.callables import check_function, is_async, name_of
+from penstock.callables import is_async, name_of
 from penstock.errors import ClosedError, WrongThread
 from penstock.outcome import contained
 from penstock.threads.call import Call, asking_call
+from penstock.threads.mailbox import Mailbox
 from penstock.threads.place import Place, run_in_place
 from penstock.threads.workers import Worker
 
@@ -41,20 +42,21 @@ class Portal:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._requests: set[_Request] = set()
+        self._mailbox: Mailbox[Callable[[], None]] = Mailbox(self._loop, lambda callback: callback())
         self._closed = False
 
     def call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `fn` on the loop, await what can be awaited, and wait for its value. Any thread but the loop's.
 
         Raises:
-            WrongThread: called on a thread with a running loop, which it would block.
+            WrongThread: called on the loop's own thread, which it would block.
             ClosedError: the portal or the loop is closed.
             concurrent.futures.CancelledError: what ran on the loop was cancelled, as it is when nobody waits any more
                 for the call that this thread runs.
             Exception: what `fn` raised.
         """
-        check_function(fn, "from_thread")
-        refuse_on_a_loop(fn)
+        if asyncio._get_running_loop() is self._loop:
+            refuse_on_a_loop(fn)
         request = _Request(self, fn, args, kwargs)
         self._post(request.start)
         try:
@@ -72,10 +74,8 @@ class Portal:
             request.cancel()
 
     def _post(self, callback: Callable[[], None]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback)
-        except RuntimeError as error:
-            raise ClosedError("the event loop is closed: nothing can be run on it from a thread.") from error
+        if not self._mailbox.post(callback):
+            raise ClosedError("the event loop is closed: nothing can be run on it from a thread.")
 
 
 class _Request:
@@ -129,7 +129,7 @@ class _Request:
                 run_in_place(call, self._worker, self._place.depth)
                 self._place.vacate()
             elif call.held is not None:  # it was given to this thread and no other: its permit has to go back
-                call.crossing.land(call)
+                call.hand_over()
             call.crossing.end_external_work()
 
     def result(self) -> Any:

@@ -76,11 +76,14 @@ class Worker(threading.Thread):
         self.bell = threading.Lock()
         """Held by a thread that is parked; who wakes it lets go."""
         self.bell.acquire()
+        self._prefix = workers.prefix
         super().__init__(target=workers._life, args=(self,), daemon=True)
 
     @property
     def name(self) -> str:
-        """The lane and the job that it works for."""
+        """The lane and the job that it works for; what the set was given as a prefix, and its number."""
+        if self._prefix:
+            return f"{self._prefix}_{self.number}"
         call = self.call
         return f"penstock-idle_{self.number}" if call is None else call.thread_name(self.number)
 
@@ -100,16 +103,34 @@ class Workers:
     Args:
         most: threads at most, but for the spare ones.
         idle_timeout: seconds until an idle thread ends.
+        keep: threads that do not end when they are idle.
+        on_start: called in each thread before it takes work; False ends the thread, which the set then does without.
         on_exit: called in each thread when it ends.
+        prefix: what the threads are called; without it, they are named after what they do.
+        spare: threads above `most`, for calls that a thread waits for; None is `SPARE_THREADS`.
     """
 
     def __init__(
-        self, most: int, *, idle_timeout: float = IDLE_TIMEOUT, on_exit: Callable[[], object] | None = None
+        self,
+        most: int,
+        *,
+        idle_timeout: float = IDLE_TIMEOUT,
+        keep: int = 0,
+        on_start: Callable[[], bool] | None = None,
+        on_exit: Callable[[], object] | None = None,
+        prefix: str = "",
+        spare: int | None = None,
     ) -> None:
         self.most = most
+        self._spare = spare
         self.with_spare = _WithSpare(self)
         """The same threads, and the spare ones, for calls without which a thread cannot go on."""
+        self.prefix = prefix
         self._idle_timeout = idle_timeout
+        self._keep = keep
+        self._on_start = on_start
+        self.starts_slowly = on_start is not None
+        """Whether threads may take their time to begin: so several of them may be under way."""
         self._on_exit = on_exit
         self.forget()
 
@@ -129,6 +150,11 @@ class Workers:
         self._dismissed = False
 
     @property
+    def spare(self) -> int:
+        """Threads above `most` at most."""
+        return SPARE_THREADS if self._spare is None else self._spare
+
+    @property
     def threads(self) -> tuple[Worker, ...]:
         """All threads there are, those included that are about to end."""
         with self._lock:
@@ -138,7 +164,7 @@ class Workers:
     def all_wait(self) -> bool:
         """Whether no thread is left, not even a spare one, and all there are wait for something else to happen."""
         with self._lock:
-            return self._promised >= self.most + SPARE_THREADS and self._asking >= self._promised
+            return self._promised >= self.most + self.spare and self._asking >= self._promised
 
     @property
     def wanted(self) -> bool:
@@ -151,7 +177,7 @@ class Workers:
         With `spare`, one of the few more that there are for calls without which a thread cannot go on.
         """
         with self._lock:
-            if self._promised >= self.most + (SPARE_THREADS if spare else 0):
+            if self._promised >= self.most + (self.spare if spare else 0):
                 return False
             self._promised += 1
             return True
@@ -165,7 +191,7 @@ class Workers:
     def when_free(self, tell: Callable[[], None], *, spare: bool = False) -> None:
         """Call `tell` once, in any thread, when a thread may be free, or with `spare` a spare one."""
         with self._lock:
-            if self._promised >= self.most + (SPARE_THREADS if spare else 0):
+            if self._promised >= self.most + (self.spare if spare else 0):
                 (self._wanting_spare if spare else self._wanting).append(tell)
                 return
         tell()
@@ -180,8 +206,8 @@ class Workers:
                 taken back.
         """
         with self._lock:
-            self._backlog.append(work)
             try:
+                self._backlog.append(work)
                 self._summon()
             except RuntimeError:
                 if self._threads and not at_once:
@@ -189,6 +215,15 @@ class Workers:
                 self._backlog.remove(work)
                 self._promised -= 1
                 raise
+            except BaseException:  # an interrupt, before or after the summons
+                if work in self._backlog:
+                    self._summon()
+                raise
+
+    def has(self, work: Work) -> bool:
+        """Whether no thread has taken this work yet."""
+        with self._lock:
+            return work in self._backlog
 
     def begin_to_wait(self) -> None:
         """A thread waits for the loop, or for another thread: it has a promise and does nothing."""
@@ -218,23 +253,33 @@ class Workers:
         if self._waking:
             return  # who has been woken looks for more, and wakes the next one
         if self._parked:
+            worker = self._parked[-1]
+            del self._parked[-1]  # and not pop(): an interrupt comes after a call, and this one would be lost
             self._waking += 1
-            self._parked.pop().bell.release()
+            worker.bell.release()
         elif len(self._threads) < self._promised:
             worker = Worker(self, next(self._numbers))
-            self._threads.add(worker)
             self._waking += 1
+            under_way = False
             try:
+                self._threads.add(worker)
+                under_way = True
                 worker.start()
-            except Exception:  # and not an interrupt, which may come when the thread is under way
-                self._waking -= 1
-                self._threads.discard(worker)
+            except BaseException as error:
+                if isinstance(error, Exception) or not under_way:  # an interrupt may come when it is
+                    self._waking -= 1
+                    self._threads.discard(worker)
                 raise
 
     def _life(self, worker: Worker) -> None:
         worker.cpu_clock = clock.thread_cpu_clock()
         woken = True
         try:
+            if self._on_start is not None:
+                self._others_may_start()
+                woken = False
+                if not self._on_start():
+                    return
             while (work := self._wait_for_work(worker, woken)) is not None:
                 while work is not None:
                     work(worker)
@@ -249,6 +294,14 @@ class Workers:
                 self._on_exit()
             with self._lock:
                 self._leaving.discard(worker)
+
+    def _others_may_start(self) -> None:
+        """This thread takes its time to begin: who has been promised another one is not to wait for that."""
+        with self._lock:
+            self._waking -= 1
+            if self._backlog:
+                with suppress(RuntimeError):  # no thread to be had: who is busy comes back
+                    self._summon()
 
     def _next(self) -> Work | None:
         """After a call: its promise is fulfilled. The next one at once, if there is one."""
@@ -281,7 +334,7 @@ class Workers:
 
     def _end_if_parked(self, worker: Worker) -> None:
         with self._lock:
-            if worker in self._parked:  # else it is being woken
+            if worker in self._parked and len(self._threads) > self._keep:  # else it is being woken, or stays
                 self._parked.remove(worker)
                 self._leave(worker)
 
