@@ -30,10 +30,12 @@ from penstock.errors import (
 )
 from penstock.events import Instrument, JobEnded
 from penstock.executor.ambient import compute, compute_each, from_thread, to_process, to_thread
+from penstock.executor.bridge import BridgeExecutor
 from penstock.executor.definition import Job, job
 from penstock.executor.executor import Executor
 from penstock.executor.statistics import ExecutorStatistics, StreamStatistics
 from penstock.executor.stream import Stream
+from penstock.executor.synchronous import SyncHttpClient, SyncStreamedResponse
 from penstock.gate.adaptive import Adaptive
 from penstock.gate.breaker import Breaker
 from penstock.gate.gate import Gate
@@ -58,6 +60,7 @@ __all__ = [
     "BlockingClient",
     "BodyTooLarge",
     "Breaker",
+    "BridgeExecutor",
     "Cause",
     "CircuitOpen",
     "ClosedError",
@@ -99,6 +102,8 @@ __all__ = [
     "Stream",
     "StreamStatistics",
     "StreamedResponse",
+    "SyncHttpClient",
+    "SyncStreamedResponse",
     "TooManyErrors",
     "UsageError",
     "WrongLoop",
