@@ -28,7 +28,6 @@ from penstock.errors import UsageError
 from penstock.executor.bridged import Bridged
 from penstock.executor.definition import Job
 from penstock.executor.statistics import ExecutorStatistics
-from penstock.executor.submitted import Submitted
 from penstock.executor.synchronous import SyncHttpClient, opened
 from penstock.gate.retry import check_timeout
 from penstock.threads.main_guard import refuse_a_child_that_imports
@@ -145,7 +144,7 @@ class BridgeExecutor(Executor):
         key = None if options.key is None else _key_of(options.key, fn, args)
         if options.timeout is None and not is_async(fn):
             return self._bridged.submit_plain(fn, args, kwargs, key)
-        return self._bridged.submit(Submitted(fn, args, kwargs, key, options.timeout))
+        return self._bridged.submit(fn, args, kwargs, key, options.timeout)
 
     @overload
     def map(

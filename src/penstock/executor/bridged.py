@@ -33,7 +33,7 @@ from penstock.context import current_job
 from penstock.errors import ClosedError, DeadlockError, WrongThread
 from penstock.executor.executor import Executor
 from penstock.executor.lanes import Lanes
-from penstock.executor.submitted import JobFuture, PlainCall, Submitted, SubmittedJobs
+from penstock.executor.submitted import JobFuture, PlainCall, SubmittedJobs
 from penstock.threads.at_exit import finish_at_exit, interpreter_is_ending
 from penstock.threads.lane import Lane
 from penstock.threads.loop_thread import LoopThread
@@ -128,16 +128,23 @@ class Bridged:
             return "shut down"
         return "new" if self._thread is None else "open"
 
-    def submit(self, submitted: Submitted) -> Future[Any]:
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: Any,
+        timeout: float | None,
+    ) -> Future[Any]:
         """Have it run as a job; see `BridgeExecutor.submit`."""
-        if not is_async(submitted.fn):
-            submitted = submitted._replace(fn=_InThread(self.executor, submitted.fn))
+        if timeout is not None and not is_async(fn):
+            fn = _InThread(self.executor, fn)
         if self._thread is None:
             self._begin()
         with self._lock:  # or what is posted might come behind the end of the loop
             if self._refusal is not None:
                 raise self._refusal()
-            future = JobFuture[Any](self._jobs, self._post, submitted)
+            future: JobFuture[Any] = JobFuture(self._jobs, self._post, (fn, args, kwargs, key, timeout))
             try:
                 self._jobs.expect(future)
                 self._post(future.begin)

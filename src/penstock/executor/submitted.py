@@ -15,10 +15,11 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextvars import Context
 from functools import partial
 from types import CoroutineType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from penstock.callables import name_of, refuse_coroutine
 from penstock.context import Host, RunningJob, enter, job_in
@@ -28,7 +29,7 @@ from penstock.executor.slots import Holder, Slots
 from penstock.outcome import FailureKind, Outcome, contained
 from penstock.threads.call import SubmittedCall, context_of_caller
 from penstock.threads.crossing import Crossing
-from penstock.threads.future import WatchedFuture
+from penstock.threads.future import Waiters, WatchedFuture
 
 T = TypeVar("T")
 
@@ -44,6 +45,10 @@ class Post(Protocol):
         ...
 
 
+Submitted: TypeAlias = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any, float | None]
+"""A function, its arguments and keywords, the key of its job and the seconds that this may take."""
+
+
 class BridgedJob(ActiveJob):
     """A job whose error belongs to the holder of its future, who is told if it is never asked for."""
 
@@ -53,16 +58,19 @@ class BridgedJob(ActiveJob):
 class JobFuture(WatchedFuture[T]):
     """The future of a coroutine function, and until it has a slot all that there is of its job."""
 
-    def __init__(self, jobs: "SubmittedJobs", post: Post, submitted: "Submitted") -> None:
-        super().__init__()
+    job: BridgedJob | None = None
+    """Once it has a slot, or waits for that of the job that submitted it."""
+    _subject: str = "a job"
+
+    def __init__(self, jobs: "SubmittedJobs", post: Post, submitted: Submitted) -> None:
+        Future.__init__(self)
+        self._waiters = waiters = Waiters()
+        waiters.future = self
         self._jobs: SubmittedJobs | None = jobs
         self._post: Post | None = post
         self.submitted: Submitted | None = submitted
         """What was asked for; None when it is over."""
         self.context = context_of_caller()
-        self._subject = "a job"
-        self.job: BridgedJob | None = None
-        """Once it has a slot, or waits for that of the job that submitted it."""
 
     @property
     def subject(self) -> str:
@@ -116,6 +124,7 @@ class JobFuture(WatchedFuture[T]):
         self._jobs = self._post = None  # who keeps the future is not to keep the executor
         self.submitted = None
         self.context = _NO_CONTEXT
+        self.let_go()
         job, self.job = self.job, None
         if job is not None:
             job.receiver = _NOBODY  # an error's traceback knows the job: a cycle
@@ -143,16 +152,6 @@ class _Nobody:
 
 _NOBODY = _Nobody()
 _NO_CONTEXT = Context()
-
-
-class Submitted(NamedTuple):
-    """A function, and how it is to be called."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    key: Any
-    timeout: float | None
 
 
 class SubmittedJobs:
@@ -201,6 +200,8 @@ class SubmittedJobs:
 
     def fill(self) -> None:
         """Start those whose turn it is."""
+        if not self._waiting:
+            return
         if self._filling:  # and a job has ended in the very call that started it (eager tasks, 3.12)
             return
         self._filling = True

@@ -24,7 +24,6 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 from penstock.callables import name_of
 from penstock.context import RunningJob, current_job
@@ -225,7 +224,7 @@ class SubmittedCall(Call, WatchedFuture[Any]):
     ) -> None:
         Future.__init__(self)
         self._waiters = waiters = Waiters()
-        waiters.future = ref(self)
+        waiters.future = self
         self.crossing = crossing
         self.fn = fn
         self._args = args
@@ -254,12 +253,13 @@ class SubmittedCall(Call, WatchedFuture[Any]):
             return
         if crossing.timed:
             self.began = crossing.loop.time()
-        self.value, error = _performed(self.context, self.perform)
-        if error is not None:
+        try:
+            self.value = self.context.run(self.perform)
+        except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
             self.error = self.told(error)
         if crossing.timed:
             self.ended = crossing.loop.time()
-        del self, error  # the frames of the error's traceback know the one that has called them, this one: a cycle
+        del self  # the error's traceback holds this frame: a cycle
 
     def perform(self) -> Any:
         """Call the function, in the context of the call."""
@@ -278,8 +278,9 @@ class SubmittedCall(Call, WatchedFuture[Any]):
                     self.set_exception(self.error)
             except BaseException:  # of a callback: what is no Exception comes through, and would end the thread
                 logger.critical("Exception in worker", exc_info=True)
-        if self.give_back is not None or self.crossing.waiting or self.crossing.attentive:
-            self.crossing.land(self)
+        crossing = self.crossing
+        if self.give_back is not None or crossing.waiting or crossing.attentive:
+            crossing.land(self)
         else:
             self.over = True
             self.forget()
@@ -298,6 +299,7 @@ class SubmittedCall(Call, WatchedFuture[Any]):
 
     def forget(self) -> None:
         """Let go of the user's data, function included: its holder may keep the future for long."""
+        self.let_go()
         self.fn = _over
         self._args = ()
         self._kwargs = _NOTHING
@@ -305,18 +307,6 @@ class SubmittedCall(Call, WatchedFuture[Any]):
         if self.error is not None or self.place is not None or self.give_back is not None or self.job is not None:
             self.error = self.place = self.give_back = self.job = None
         self.context = _NO_CONTEXT if self.context.get(asking_call) is None else _short_cut(self.context)
-
-
-def _performed(
-    context: contextvars.Context, perform: Callable[[], Any]
-) -> tuple[Any, None] | tuple[None, BaseException]:
-    """The value or the error. In a frame of its own, which the error's traceback holds and which knows no future."""
-    try:
-        return context.run(perform), None
-    except BaseException as error:  # noqa: BLE001  # it belongs to who waits for the call
-        return None, error
-    finally:
-        del context, perform
 
 
 asking_call: ContextVar[Call | None] = ContextVar("penstock_asking_call", default=None)

@@ -19,7 +19,6 @@ import threading
 import traceback
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
-from weakref import ref
 
 from penstock.errors import WrongThread
 from penstock.threads.loop_thread import LoopThread
@@ -55,7 +54,7 @@ class WatchedFuture(Future[T]):
     def __init__(self) -> None:
         super().__init__()
         self._waiters = waiters = Waiters()
-        waiters.future = ref(self)
+        waiters.future = self
 
     @property
     def subject(self) -> str:
@@ -98,6 +97,10 @@ class WatchedFuture(Future[T]):
                 self._unseen.error = None
             del self  # the error's traceback holds this frame: a cycle
 
+    def let_go(self) -> None:
+        """It is done: break the cycle. By who has made it so."""
+        self._waiters.future = None  # type: ignore[attr-defined]  # ours, which the standard library does not know
+
     def set_exception(self, exception: BaseException | None) -> None:
         """As in the standard library."""
         if exception is not None:
@@ -136,14 +139,14 @@ class Waiters(list[Any]):
 
     __slots__ = ("future",)
 
-    future: "ref[WatchedFuture[Any]]"
-    """Whose they are. Set from outside, without the cost of a call; not a reference, which would be a cycle."""
+    future: "WatchedFuture[Any] | None"
+    """Whose they are, until it is done: a cycle, for as long as it is waited for. Set from outside, to spare a call."""
 
     def append(self, waiter: Any) -> None:
         event = getattr(waiter, "event", None)
         if type(event) is threading.Event:
             event = waiter.event = _Event()
-        if type(event) is _Event:
+        if type(event) is _Event and self.future is not None:
             event.futures.append(self.future)
         super().append(waiter)
 
@@ -153,22 +156,22 @@ class _Event(threading.Event):
 
     def __init__(self) -> None:
         super().__init__()
-        self.futures: list[ref[WatchedFuture[Any]]] = []
+        self.futures: list[WatchedFuture[Any]] = []
 
     def wait(self, timeout: float | None = None) -> bool:
         lender = None if self.is_set() else _lender("concurrent.futures.wait() or as_completed()", timeout)
         if lender is None:
             return super().wait(timeout)
-        go_on = lender.stand_in(_wanted(future() for future in self.futures))
+        go_on = lender.stand_in(_wanted(self.futures))
         try:
             return super().wait(timeout)
         finally:
             go_on()
 
 
-def _wanted(futures: "Iterable[WatchedFuture[Any] | None]") -> "list[Call | None]":
+def _wanted(futures: "Iterable[WatchedFuture[Any]]") -> "list[Call | None]":
     """What has to run for these to be done."""
-    return [future.wanted for future in futures if future is not None and not future.done()]
+    return [future.wanted for future in futures if not future.done()]
 
 
 def _lender(what: str, timeout: float | None) -> Lender | None:

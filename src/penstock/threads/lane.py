@@ -517,7 +517,7 @@ class Lane(Executor):
         A thread that has done one call leaves when others wait for a thread of the set, or a lane that is never idle
         would keep it from them. Not when calls are queued that threads wait for.
         """
-        leave = after_call and self._workers.wanted and not self._nested and not self._wanted
+        leave = after_call and self._workers.wanting and not self._nested and not self._wanted
         while self._queue and self._runners <= self.limit and not leave:
             call, _ = self._queue.popitem(last=False)
             if self._wanted:

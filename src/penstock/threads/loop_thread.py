@@ -13,6 +13,7 @@ asked for (`at_exit.py`).
 """
 
 import asyncio
+import operator
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -77,14 +78,10 @@ class LoopThread(threading.Thread):
 
     def ready(self) -> None:
         """Let callbacks come. On the loop."""
-        self._mailbox = Mailbox(asyncio.get_running_loop(), _call)
+        self._mailbox = Mailbox(asyncio.get_running_loop(), operator.call)
         self._started_or_not.set()
 
     def post(self, callback: Callback) -> bool:
         """Have `callback` called on the loop; False if that is over. Any thread, once it is ready. Never blocks."""
         assert self._mailbox is not None, "nobody has this thread before it is ready"
         return self._mailbox.post(callback)
-
-
-def _call(callback: Callback) -> None:
-    callback()

@@ -143,7 +143,8 @@ class Workers:
         self._threads: set[Worker] = set()
         self._promised = 0
         self._waking = 0
-        self._wanting: list[Callable[[], None]] = []
+        self.wanting: list[Callable[[], None]] = []
+        """Who has asked for a thread in vain, and is to be told when one is free."""
         self._wanting_spare: list[Callable[[], None]] = []
         self._leaving: set[Worker] = set()
         self._asking = 0
@@ -166,11 +167,6 @@ class Workers:
         with self._lock:
             return self._promised >= self.most + self.spare and self._asking >= self._promised
 
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody has asked for a thread in vain, who is to be told when one is free."""
-        return bool(self._wanting)
-
     def take_nowait(self, *, spare: bool = False) -> bool:
         """Promise a thread if there is one left. `run` or `give_back` is owed for it.
 
@@ -192,7 +188,7 @@ class Workers:
         """Call `tell` once, in any thread, when a thread may be free, or with `spare` a spare one."""
         with self._lock:
             if self._promised >= self.most + (self.spare if spare else 0):
-                (self._wanting_spare if spare else self._wanting).append(tell)
+                (self._wanting_spare if spare else self.wanting).append(tell)
                 return
         tell()
 
@@ -354,11 +350,11 @@ class Workers:
 
     def _one_less(self) -> list[Callable[[], None]]:
         self._promised -= 1
-        if not self._wanting and not self._wanting_spare:
+        if not self.wanting and not self._wanting_spare:
             return _NOBODY
         wanting, self._wanting_spare = self._wanting_spare, []
         if self._promised < self.most:
-            wanting, self._wanting = wanting + self._wanting, []
+            wanting, self.wanting = wanting + self.wanting, []
         return wanting
 
 
