@@ -214,7 +214,7 @@ def test_a_coroutine_that_nobody_awaited_is_refused_and_closed() -> None:
         refuse_coroutine(coroutine, "<job f>")
     assert str(caught.value) == (
         "<job f> returned a coroutine (score) that nobody awaits. "
-        "Make it `async def`, and write `return await score(...)`."
+        "Make it, or the decorator that made it, `async def`, and write `return await score(...)`."
     )
     assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 

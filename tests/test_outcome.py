@@ -339,7 +339,7 @@ def test_a_stop_iteration_that_left_a_coroutine_is_found_in_its_wrapping() -> No
     harmless = contained(raised_in_a_coroutine(original), "job")
     assert isinstance(harmless, UsageError)
     assert harmless.__cause__ is original
-    assert "raised StopIteration(3,)" in str(harmless)
+    assert "raised StopIteration(3)" in str(harmless)
 
 
 def test_a_stop_iteration_that_the_user_has_dealt_with_is_left_alone() -> None:

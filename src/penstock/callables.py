@@ -102,5 +102,5 @@ def refuse_coroutine(value: object, who: object) -> None:
         value.close()
         raise UsageError(
             f"{who} returned a coroutine ({value.__qualname__}) that nobody awaits. "
-            f"Make it `async def`, and write `return await {value.__name__}(...)`."
+            f"Make it, or the decorator that made it, `async def`, and write `return await {value.__name__}(...)`."
         )

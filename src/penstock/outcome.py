@@ -135,13 +135,17 @@ def contained(error: BaseException, where: object) -> Exception:
     if isinstance(error, Exception) and not isinstance(cause, _END_MORE):
         return error
     # The arguments are the user's data, of any size, and their repr may fail: reprlib takes care of both.
+    arguments = ", ".join(reprlib.repr(argument) for argument in cause.args[:MOST_ARGUMENTS])
     usage = UsageError(
-        f"{where} raised {type(cause).__name__}{reprlib.repr(cause.args)}, which would end more than this job. "
+        f"{where} raised {type(cause).__name__}({arguments}), which would end more than this job. "
         f"Return from the function instead, or raise an exception of your own."
     )
     usage.__cause__ = cause
     return usage
 
+
+MOST_ARGUMENTS = 5
+"""Arguments of such an exception that are shown. Arbitrary, because: they have one as a rule."""
 
 _END_MORE = (StopIteration, StopAsyncIteration, concurrent.futures.CancelledError)
 """Exceptions that are no `BaseException`, and yet must not travel. asyncio turns the last one into its own."""

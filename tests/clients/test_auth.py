@@ -264,6 +264,7 @@ async def test_closing_that_is_cancelled_still_closes_the_connections(web: Web) 
         assert api._session.closed
         with pytest.raises(ClosedError):
             await waiting
+        await asyncio.sleep(1)  # until the function has ended, for which nobody waits
 
 
 async def test_a_function_that_cancels_itself_cancels_nobody_else(web: Web) -> None:

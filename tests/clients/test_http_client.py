@@ -29,6 +29,7 @@ import penstock
 from penstock import (
     AttemptTimeout,
     BodyTooLarge,
+    Breaker,
     CircuitOpen,
     ClosedError,
     ConnectionFailed,
@@ -45,7 +46,6 @@ from penstock import (
     WrongLoop,
 )
 from penstock.clients.response import masked, masked_text
-from penstock.gate.breaker import Breaker
 from penstock.testing import VirtualClockLoop, run_in_virtual_time
 
 if TYPE_CHECKING:
@@ -710,25 +710,31 @@ def test_a_connector_belongs_to_its_loop_too() -> None:
         loop.close()
 
 
-async def test_a_request_that_backs_off_while_the_client_is_closed_says_so(web: Web) -> None:
-    """Not aiohttp's RuntimeError about a session."""
+async def test_a_request_that_backs_off_while_the_client_is_closed_says_so_at_once(web: Web) -> None:
+    """It does not wait for a retry that cannot be."""
+    loop = asyncio.get_running_loop()
     async with web.serving(web.reply(status=503)) as server:
         async with HttpClient(server.url, retry=Retry(wait=10)) as api:
             waiting = asyncio.create_task(api.get("/x"))
             await asyncio.sleep(1)
-        with pytest.raises(ClosedError, match="GET .*/x: this HttpClient was closed before it could be sent"):
+            closed = loop.time()
+        with pytest.raises(ClosedError, match="GET .*/x: this HttpClient was closed before there was an answer"):
             await waiting
+        assert loop.time() - closed < 1
 
 
-async def test_a_request_in_flight_fails_when_the_client_is_closed(web: Web) -> None:
-    """It is told that there is no answer, and does not hang."""
+async def test_requests_without_an_answer_fail_when_the_client_is_closed(web: Web) -> None:
+    """The one in flight, and those that wait for its permit; nobody takes it for the service's fault."""
     async with web.serving(lambda _: b"") as server:
-        async with HttpClient(server.url, retry=ONCE) as api:
-            waiting = asyncio.create_task(api.get("/x"))
+        async with HttpClient(server.url, limit=1, breaker=Breaker(calls=1)) as api:
+            waiting = [asyncio.create_task(api.get(f"/{number}")) for number in range(5)]
             while not server.requests:
                 await asyncio.sleep(0)
-        with pytest.raises(ConnectionFailed):
-            await waiting
+        for request in waiting:
+            with pytest.raises(ClosedError, match="was closed before there was an answer"):
+                await request
+        (key,) = api.statistics().values()
+        assert (key.in_flight, key.waiting, len(key.failed), key.retries, key.breaker) == (0, 0, 0, 0, "closed")
 
 
 async def test_a_connector_of_ones_own_is_used_and_stays_open(web: Web) -> None:

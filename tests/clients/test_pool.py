@@ -352,7 +352,8 @@ async def test_a_factory_that_returns_a_coroutine_by_mistake_is_told() -> None:
 
     async with Pool(lambda: connect(), size=1) as pool:
         with pytest.raises(
-            UsageError, match="returned a coroutine .*connect.* that nobody awaits. Make it `async def`"
+            UsageError,
+            match="returned a coroutine .*connect.* that nobody awaits. Make it, or the decorator that made it,",
         ):
             await pool.acquire().__aenter__()
         assert counts(pool) == (0, 0, 0)

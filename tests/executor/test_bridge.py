@@ -1278,8 +1278,9 @@ def test_what_still_runs_may_use_an_opened_client_while_it_drains(latch: Latch) 
 
     resource = Resource()
     keeping_open = Latch()
+    other = bridge.submit(keeping_open.coroutine)
     with bridge.open(resource) as view:
-        future, other = bridge.submit(use_it), bridge.submit(keeping_open.coroutine)
+        future = bridge.submit(use_it)
         bridge.shutdown(wait=False)
         latch.open()
         assert future.result(LONG) is True
@@ -1540,7 +1541,7 @@ def test_when_the_loop_is_stopped_under_it_every_future_ends(latch: Latch) -> No
     for fn in (echo, echo_plain):
         with pytest.raises(BrokenExecutor):
             bridge.submit(fn, 1)
-    with pytest.raises(ClosedError):
+    with pytest.raises(BrokenThreadPool):
         bridge.statistics()
     blocked.open()
     assert in_thread.result(LONG) == 1

@@ -314,3 +314,108 @@ def test_a_client_that_is_used_until_the_end_lets_the_block_be_left(server: str)
         futures += [bridge.submit(api.get_json, "/", params={"n": n}) for n in range(4)]
         concurrent.futures.wait(futures, LONG)
     assert [future.result(0)["n"] for future in futures] == [0, 1, 2, 3]
+
+
+# --- leaving a client's block ---
+
+
+@asynccontextmanager
+async def quiet() -> AsyncIterator[None]:
+    """Something to open."""
+    yield
+
+
+def test_leaving_a_client_s_block_waits_for_what_was_submitted_in_it() -> None:
+    """So results may be read after both blocks, as of any executor. Of coroutine functions and of plain ones."""
+    left: list[bool] = []
+
+    @asynccontextmanager
+    async def noted() -> AsyncIterator[None]:
+        yield
+        left.append(all(future.done() for future in futures))
+
+    with BridgeExecutor() as bridge, bridge.open(noted()):
+        futures = [bridge.submit(fn, number) for number in range(20) for fn in (double, double_plain)]
+        assert list(bridge.map(double, range(3))) == [0, 2, 4]
+    assert left == [True]
+    assert [future.result(LONG) for future in futures] == [2 * number for number in range(20) for _ in "ab"]
+
+
+def test_leaving_it_does_not_wait_for_what_was_there_before() -> None:
+    """Nor for what is submitted when it is left; each client waits for its own."""
+    go = threading.Event()
+    with BridgeExecutor() as bridge:
+        before = bridge.submit(go.wait, LONG)
+        with bridge.open(quiet()):
+            pass
+        assert not before.done()
+        go.set()
+
+
+def test_leaving_it_by_an_exception_closes_at_once() -> None:
+    """What is in flight fails, and holds nothing up."""
+    go = threading.Event()
+    with BridgeExecutor() as bridge:
+        with pytest.raises(ZeroDivisionError), bridge.open(quiet()):
+            running = bridge.submit(go.wait, LONG)
+            raise ZeroDivisionError
+        assert not running.done()
+        go.set()
+
+
+def test_a_function_of_the_bridge_does_not_wait_for_itself_when_it_leaves_a_client_s_block() -> None:
+    with BridgeExecutor(1) as bridge:
+
+        def use() -> str:
+            with bridge.open(quiet()):
+                bridge.submit(int)
+            return "left"
+
+        assert bridge.submit(use).result(LONG) == "left"
+
+
+# --- awaiting a future ---
+
+
+async def test_a_future_can_be_awaited_on_any_loop() -> None:
+    """Its value and its error; cancelling the wait cancels the coroutine."""
+    cancelled = threading.Event()
+
+    async def forever() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    with BridgeExecutor() as bridge:
+        assert await bridge.submit(pow, 2, 5) == 32  # type: ignore[misc]
+        with pytest.raises(ValueError, match="no number"):
+            await bridge.submit(int, "no number")  # type: ignore[misc]
+
+        async def inner() -> int:
+            return await bridge.submit(pow, 2, 6)  # type: ignore[misc,no-any-return]
+
+        assert await bridge.submit(inner) == 64  # type: ignore[misc]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await bridge.submit(forever)  # type: ignore[misc]
+        assert await asyncio.to_thread(cancelled.wait, LONG)
+
+
+# --- messages ---
+
+
+def test_a_view_is_told_that_its_bridge_has_been_shut_down() -> None:
+    with BridgeExecutor() as bridge, bridge.open(HttpClient("http://127.0.0.1")) as api:
+        bridge.shutdown()
+        with pytest.raises(penstock.ClosedError, match="has been shut down"):
+            api.get("/")
+
+
+def test_an_initializer_that_would_not_run_is_refused() -> None:
+    async def init() -> None: ...
+
+    with pytest.raises(TypeError, match="expected a plain function"):
+        BridgeExecutor(initializer=init)
+    with pytest.raises(TypeError, match="initializer must be a callable"):
+        BridgeExecutor(initializer=3)  # type: ignore[arg-type]

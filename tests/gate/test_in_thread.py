@@ -169,7 +169,7 @@ async def test_waiters_that_give_up_again_and_again_leave_nothing_with_the_threa
             waiting = await start(lambda: blocking.call(int))
             waiting.cancel()
             await asyncio.wait([waiting])
-        assert len(blocking.workers._wanting) <= 1
+        assert len(blocking.workers.wanting) <= 1
         waiting = await start(lambda: blocking.call(int))
         latch.open()
         assert await waiting == 0

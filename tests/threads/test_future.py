@@ -5,7 +5,6 @@ import concurrent.futures
 import gc
 import logging
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -317,7 +316,7 @@ def test_the_standard_library_installs_its_waiters_where_they_are_looked_for() -
 
     future = Watched()
     watching = Watching()
-    watching.future = weakref.ref(future)
+    watching.future = future
     future._waiters = watching
     concurrent.futures.wait([future], 0)
     assert [type(waiter.event).__module__ for waiter in seen] == ["penstock.threads.future"]

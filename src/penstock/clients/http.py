@@ -163,6 +163,8 @@ class HttpClient:
         self._targets: dict[str, _Target] = {}
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._unanswered: set[asyncio.Timeout] = set()
+        """Requests that are being sent; their time ends when the client is closed."""
         self._closed = False
 
     def __repr__(self) -> str:
@@ -197,12 +199,19 @@ class HttpClient:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the session and its connections. Requests in flight fail. Closing twice is fine."""
+        """Close the session and its connections. Closing twice is fine.
+
+        Requests that have no answer yet fail by `ClosedError`, those that wait for a permit or a retry as well. The
+        gate learns nothing from that.
+        """
         self._closed = True
         try:
             if self._auth is not None:
                 await self._auth.close()
         finally:
+            now = asyncio.get_running_loop().time()
+            for until_closed in self._unanswered:  # those that wait for a permit or a retry would wait in vain
+                until_closed.reschedule(now)
             if self._session is not None:
                 await self._session.close()
 
@@ -369,7 +378,20 @@ class HttpClient:
         return session, self, method, url, sent, body, auth, idempotent, key, amounts(weight)
 
     async def _send(self, exchange: Exchange[A]) -> tuple[A, Service]:
-        """Send until there is a final answer; the permit that goes with it is still held."""
+        """Send until there is a final answer, or the client is closed; the permit of the answer is still held."""
+        try:
+            async with asyncio.timeout(None) as until_closed:
+                self._unanswered.add(until_closed)
+                try:
+                    return await self._sent(exchange)
+                finally:
+                    self._unanswered.discard(until_closed)
+        except TimeoutError as error:
+            if not until_closed.expired():
+                raise
+            raise ClosedError(f"{exchange}: this HttpClient was closed before there was an answer.") from error
+
+    async def _sent(self, exchange: Exchange[A]) -> tuple[A, Service]:
         asked = clock.now()
         if exchange.auth is not None:
             await self._renew(exchange, exchange.auth, 0, asked)
@@ -445,7 +467,10 @@ class HttpClient:
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None or self._closed:
             state = "has been closed" if self._closed else "is not open yet"
-            raise ClosedError(f"this HttpClient {state}. Use it inside `async with HttpClient(...) as api:`.")
+            raise ClosedError(
+                f"this HttpClient {state}. Use it inside `async with HttpClient(...) as api:`, or in "
+                f"synchronous code `with bridge.open(HttpClient(...)) as api:`."
+            )
         if asyncio.get_running_loop() is not self._loop:
             raise WrongLoop(
                 "this HttpClient was opened on another event loop, to which its connections belong. "

@@ -13,10 +13,9 @@ import copy
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from functools import partial
 from itertools import islice
 from types import FunctionType
 from typing import Any, NamedTuple, ParamSpec, Self, TypeVar, overload
@@ -30,6 +29,7 @@ from penstock.executor.definition import Job
 from penstock.executor.statistics import ExecutorStatistics
 from penstock.executor.synchronous import SyncHttpClient, opened
 from penstock.gate.retry import check_timeout
+from penstock.threads.future import WatchedFuture
 from penstock.threads.main_guard import refuse_a_child_that_imports
 from penstock.threads.own_loop import check_loop_factory
 
@@ -95,8 +95,7 @@ class BridgeExecutor(Executor):
         loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
     ) -> None:
         _check_max_workers(max_workers)
-        if initializer is not None and not callable(initializer):
-            raise TypeError("initializer must be a callable")
+        _check_initializer(initializer)
         check_loop_factory(loop_factory)
         refuse_a_child_that_imports("A BridgeExecutor")
         self._bridged = Bridged(max_workers, thread_name_prefix, initializer, initargs, limit, loop_factory)
@@ -136,6 +135,9 @@ class BridgeExecutor(Executor):
             concurrent.futures.BrokenExecutor: an initializer has failed, or the event loop has ended.
             RuntimeError: the interpreter is about to end.
         """
+        return self._submit(fn, args, kwargs)
+
+    def _submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> WatchedFuture[Any]:
         options = self._options
         as_a_rule = type(fn) is FunctionType and not fn.__code__.co_flags & _NO_PLAIN_FUNCTION
         if as_a_rule and options is _NO_OPTIONS and not fn.__dict__:  # in which 3.12 marks coroutine functions
@@ -150,18 +152,18 @@ class BridgeExecutor(Executor):
     def map(
         self, fn: Callable[..., Awaitable[T]], /, *iterables: Iterable[Any], timeout: float | None = None,
         chunksize: int = 1, buffersize: int | None = None,
-    ) -> Iterator[T]: ...  # fmt: skip
+    ) -> Generator[T, None, None]: ...  # fmt: skip
 
     @overload
     def map(
         self, fn: Callable[..., T], /, *iterables: Iterable[Any], timeout: float | None = None,
         chunksize: int = 1, buffersize: int | None = None,
-    ) -> Iterator[T]: ...  # fmt: skip
+    ) -> Generator[T, None, None]: ...  # fmt: skip
 
     def map(
         self, fn: Callable[..., Any], /, *iterables: Iterable[Any], timeout: float | None = None,
         chunksize: int = 1, buffersize: int | None = None,
-    ) -> Iterator[Any]:  # fmt: skip
+    ) -> Generator[Any, None, None]:  # fmt: skip
         """`fn` of the items of all iterables side by side: an iterator over the values, in their order.
 
         Args:
@@ -183,11 +185,11 @@ class BridgeExecutor(Executor):
         _check_buffersize(buffersize)
         _check_function(fn)
         deadline = None if timeout is None else clock.steady() + timeout
-        items = zip(*iterables, strict=False)
-        futures = deque(self.submit(fn, *each) for each in islice(items, buffersize))
+        items = zip(*iterables, strict=False)  # which keeps the last tuple that it has made, and with it the items
+        futures = deque(self._submit(fn, (*each,), {}) for each in islice(items, buffersize))
         if buffersize is None:  # there is nothing left to submit, and the iterator keeps nothing alive
             return _values(None, futures, iter(()), deadline)
-        return _values(partial(self.submit, fn), futures, items, deadline)
+        return _values(lambda each: self._submit(fn, (*each,), {}), futures, items, deadline)
 
     @overload
     def open(self, resource: HttpClient) -> AbstractContextManager[SyncHttpClient]: ...
@@ -201,6 +203,10 @@ class BridgeExecutor(Executor):
         The resource is opened and closed in one task on the loop. The value is a view of it: what is awaited there is
         waited for here, `async with` is `with`, `async for` is `for`. Coroutine functions use the resource itself.
 
+        Leaving the block waits for what was submitted to this executor since it was entered, and then closes: whoever
+        reads the results after the block finds them. Left by an exception, Ctrl-C included, it closes at once; so it
+        does in a function that runs in this executor, which would wait for itself.
+
         Opening, closing and each call block the thread. Any thread but the loop's own may use the view, several at
         once. A Ctrl-C in the main thread cancels what it waits for.
 
@@ -210,7 +216,7 @@ class BridgeExecutor(Executor):
             WrongThread: called on the loop's own thread, which it would block.
             Exception: what the resource raises when it is opened or closed, and what its methods raise.
         """
-        return opened(resource, self._bridged.call)
+        return opened(resource, self._bridged.call, self._bridged.in_flight)
 
     def with_options(self, *, key: Any = None, timeout: float | None = None) -> Self:
         """This executor, with options for what is submitted through the view that is returned.
@@ -267,21 +273,22 @@ class BridgeExecutor(Executor):
 
 
 def _values(
-    submit: "Callable[..., Future[Any]] | None",
-    futures: "deque[Future[Any]]",
+    submit: "Callable[[tuple[Any, ...]], WatchedFuture[Any]] | None",
+    futures: "deque[WatchedFuture[Any]]",
     items: Iterator[tuple[Any, ...]],
     deadline: float | None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The values in order; each that is asked for lets one more item in. What is not asked for is cancelled."""
     try:
         while futures:
             if submit is not None:
-                futures.extend(submit(*each) for each in islice(items, 1))
+                futures.extend(map(submit, islice(items, 1)))
             # No variable may keep the future or its value while the reader has it.
             yield _result_or_cancel(futures.popleft(), deadline)
     finally:
         for future in reversed(futures):  # or the end of an earlier one might begin a later one
             future.cancel()
+            future.disregard()  # nobody else has it
 
 
 def _result_or_cancel(future: "Future[T]", deadline: float | None) -> T:
@@ -321,6 +328,16 @@ def _check_max_workers(number: object) -> None:
         raise TypeError(f"max_workers={number!r}: expected a whole number, or None to measure how many are needed")
     if number < 1:
         raise ValueError(f"max_workers must be greater than 0, found {number}")
+
+
+def _check_initializer(initializer: object) -> None:
+    if initializer is not None and not callable(initializer):
+        raise TypeError(f"initializer must be a callable, found {initializer!r:.100}")
+    if initializer is not None and is_async(initializer):
+        raise TypeError(
+            f"initializer={name_of(initializer)}: expected a plain function, which is called in each thread; a "
+            f"coroutine function would not run there."
+        )
 
 
 def _check_buffersize(number: object) -> None:

@@ -23,18 +23,18 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from concurrent.futures.thread import BrokenThreadPool
 from functools import partial
 from typing import Any
 
 from penstock.callables import is_async, name_of
-from penstock.context import current_job
+from penstock.context import RunningJob, current_job
 from penstock.errors import ClosedError, DeadlockError, WrongThread
 from penstock.executor.executor import Executor
 from penstock.executor.lanes import Lanes
 from penstock.executor.submitted import JobFuture, PlainCall, SubmittedJobs
 from penstock.threads.at_exit import finish_at_exit, interpreter_is_ending
+from penstock.threads.future import WatchedFuture
 from penstock.threads.lane import Lane
 from penstock.threads.loop_thread import LoopThread
 from penstock.threads.workers import Worker, Workers, most_threads
@@ -135,7 +135,7 @@ class Bridged:
         kwargs: dict[str, Any],
         key: Any,
         timeout: float | None,
-    ) -> Future[Any]:
+    ) -> WatchedFuture[Any]:
         """Have it run as a job; see `BridgeExecutor.submit`."""
         if timeout is not None and not is_async(fn):
             fn = _InThread(self.executor, fn)
@@ -155,7 +155,7 @@ class Bridged:
 
     def submit_plain(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], key: Any
-    ) -> Future[Any]:
+    ) -> WatchedFuture[Any]:
         """Have a plain function run in a thread; see `BridgeExecutor.submit`."""
         if self._refusal is not None or self._thread is None:
             self._begin()
@@ -176,12 +176,30 @@ class Bridged:
         """
         if self._thread is None or self._refusal is _forked:
             self._begin()
-        if threading.current_thread() is self._thread:
+        thread = self._thread
+        if threading.current_thread() is thread:
             raise WrongThread(
-                f"{name_of(fn)} was called by way of synchronous code on the thread of the bridge's event loop, which "
-                f"it would block. In a coroutine, use what was given to `bridge.open(...)` itself, and `await` it."
+                f"synchronous code ({name_of(fn)}) was called on the thread of the bridge's event loop, which it would "
+                f"block. In a coroutine, use what is given to `bridge.open(...)` itself: `await` its methods; and what "
+                f"is not open there, by `async with`."
             )
+        if thread is not None and not thread.is_alive():
+            raise (self._refusal or _shut_down)()
         return self.executor.portal_call(fn, args, kwargs)
+
+    def in_flight(self) -> set[WatchedFuture[Any]]:
+        """What has been submitted and is not over. Empty for a function that runs here: it might wait for itself."""
+        job = current_job()
+        if self._thread is None or self._runs_here(job):
+            return set()
+        return {*self._jobs.in_flight(), *self._lane.in_flight()}
+
+    def _runs_here(self, job: RunningJob | None) -> bool:
+        """Whether the calling thread works for this bridge."""
+        thread = threading.current_thread()
+        return (isinstance(thread, Worker) and thread in self.workers.threads) or (
+            job is not None and job.host is self.executor
+        )
 
     def shutdown(self, wait: bool, *, cancel_futures: bool = False) -> None:
         """Take nothing more, finish what there is, and end the threads; see `BridgeExecutor.shutdown`."""
@@ -320,8 +338,7 @@ class Bridged:
                 "shutdown(wait=True) was called on the thread of the bridge's event loop, which would wait for itself. "
                 "Write `shutdown(wait=False)` there."
             )
-        job = current_job()
-        if (isinstance(thread, Worker) and thread in self.workers.threads) or (job and job.host is self.executor):
+        if self._runs_here(current_job()):
             raise DeadlockError(
                 "shutdown(wait=True) was called by a function that runs in this bridge, and would wait for that "
                 "function to end. Write `shutdown(wait=False)` there."

@@ -184,6 +184,10 @@ class SubmittedJobs:
         """It has been submitted. Any thread."""
         self._futures.add(future)
 
+    def in_flight(self) -> list[JobFuture[Any]]:
+        """Those that are not over. Any thread."""
+        return list(self._futures)
+
     def forget(self, future: JobFuture[Any]) -> None:
         """It is over."""
         self._futures.discard(future)
@@ -288,6 +292,11 @@ class PlainCall(SubmittedCall):
         super().__init__(crossing, fn, args, kwargs)
         self._host = host
         self._key = key
+
+    @property
+    def subject(self) -> str:
+        """What messages call it: by its key, if it has one of its own."""
+        return self.name if self._key is None else repr(PlainJob(self._host, self.fn, self._key))
 
     def thread_name(self, number: int) -> str:
         """As that of any call; its own job is known in its context alone."""

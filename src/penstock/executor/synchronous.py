@@ -22,7 +22,8 @@ by one thread at a time.
 import asyncio
 import os
 import warnings
-from collections.abc import AsyncIterable, Callable, Coroutine, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, suppress
 from contextvars import Context, ContextVar, Token, copy_context
 from functools import wraps
@@ -186,11 +187,19 @@ def _can_be_entered(value: object) -> bool:
 # --- a block ---
 
 
-def opened(cm: AbstractAsyncContextManager[Any], call: Call) -> "Opened":
+def opened(
+    cm: AbstractAsyncContextManager[Any], call: Call, in_flight: Callable[[], Iterable["Future[Any]"]] = tuple
+) -> "Opened":
     """A plain context manager around an async one: `with opened(HttpClient(url), call) as api: api.get_json("/x")`.
 
     The value is a view of what `async with` would give, if that has async parts. Exceptions of the block are passed
     on, and may be swallowed.
+
+    Args:
+        cm: what to open.
+        call: how something is done on the loop.
+        in_flight: what has been submitted there and may use it: leaving the block without an exception waits for what
+            has come since it was entered.
 
     Blocks while it opens and while it closes. **Interrupted** (Ctrl-C) while it opens, the opening is cancelled, and
     closed if it was just done; while it closes, the thread goes on, and so does the closing. **Threads**: any but the
@@ -209,7 +218,7 @@ def opened(cm: AbstractAsyncContextManager[Any], call: Call) -> "Opened":
         )
     if not _can_be_entered(cm):
         raise UsageError(f"found {_what_it_is(cm)} Write `with bridge.open(HttpClient(url)) as api:`.")
-    return Opened(cm, call)
+    return Opened(cm, call, in_flight)
 
 
 def _what_it_is(found: object) -> str:
@@ -232,11 +241,19 @@ def _what_it_is(found: object) -> str:
 class Opened(_Here):
     """What `opened` returns, and a view's method that returns an async context manager."""
 
-    __slots__ = ("_block", "_call", "_cm", "_tokens")
+    __slots__ = ("_before", "_block", "_call", "_cm", "_in_flight", "_tokens")
 
-    def __init__(self, cm: AbstractAsyncContextManager[Any], call: Call) -> None:
+    def __init__(
+        self,
+        cm: AbstractAsyncContextManager[Any],
+        call: Call,
+        in_flight: Callable[[], Iterable["Future[Any]"]] = tuple,
+    ) -> None:
         self._cm = cm
         self._call = call
+        self._in_flight = in_flight
+        self._before: frozenset[Future[Any]] = frozenset()
+        """What was in flight when it was entered."""
         self._block: _Block | None = None
         self._tokens: list[Token[Any]] = []
 
@@ -250,6 +267,7 @@ class Opened(_Here):
         if self._block is not None:
             raise UsageError(f"{self!r} has been entered before, and not been left.")
         block = _Block(self._cm)
+        self._before = frozenset(self._in_flight())
         try:
             value, set_by_it = self._call(block.enter, (), {})
             self._tokens = [variable.set(content) for variable, content in set_by_it]
@@ -272,11 +290,15 @@ class Opened(_Here):
         if block.of_parent:
             return None
         try:
+            if error is None:
+                wait(frozenset(self._in_flight()) - self._before)
             # Over before its block: closed with the loop, or cancelled from within, as a task group is.
             swallowed: bool = block.result() if block.over else self._call(block.leave, (error,), {})
         except BaseException:  # KeyboardInterrupt, when nobody on the loop may know yet
             block.let_go(error)
             raise
+        finally:
+            self._before = frozenset()
         return swallowed
 
     def __del__(self) -> None:

@@ -14,6 +14,7 @@ A future that failed and is thrown away before anybody asked for its error says 
 Threads: any.
 """
 
+import asyncio
 import logging
 import threading
 import traceback
@@ -25,7 +26,7 @@ from penstock.threads.loop_thread import LoopThread
 from penstock.threads.workers import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from penstock.threads.call import Call
 
@@ -50,6 +51,7 @@ class WatchedFuture(Future[T]):
     """A future of which it is known when a thread waits for it."""
 
     _unseen: "_Unseen | None" = None
+    _disregarded: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,13 +99,23 @@ class WatchedFuture(Future[T]):
                 self._unseen.error = None
             del self  # the error's traceback holds this frame: a cycle
 
+    def __await__(self) -> "Generator[Any, Any, T]":
+        """Wait for it in a coroutine, on any loop, as `asyncio.wrap_future` does: cancelling the wait cancels it."""
+        return asyncio.wrap_future(self).__await__()
+
+    def disregard(self) -> None:
+        """Nobody is going to ask for its error, and that is as it should be."""
+        self._disregarded = True
+        if self._unseen is not None:
+            self._unseen.error = None
+
     def let_go(self) -> None:
         """It is done: break the cycle. By who has made it so."""
         self._waiters.future = None  # type: ignore[attr-defined]  # ours, which the standard library does not know
 
     def set_exception(self, exception: BaseException | None) -> None:
         """As in the standard library."""
-        if exception is not None:
+        if exception is not None and not self._disregarded:
             self._unseen = _Unseen(self.subject, exception)
         super().set_exception(exception)
 

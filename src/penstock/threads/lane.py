@@ -220,6 +220,13 @@ class Lane(Executor):
         for call in waiting:
             call.cancel()
 
+    def in_flight(self) -> list[SubmittedCall]:
+        """Submitted calls that wait or run. Any thread."""
+        with self._lock:
+            waiting = list(self._queue)
+        running = [worker.call for worker in self._workers.threads]
+        return [call for call in (*waiting, *running) if isinstance(call, SubmittedCall) and call.home is self]
+
     def when_idle(self, tell: Callable[[], object]) -> None:
         """Call `tell`, in any thread, whenever no call waits or runs, but for those that nobody waits for."""
         self._on_idle = tell

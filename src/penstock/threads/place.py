@@ -22,6 +22,9 @@ leaves more than 100 to each."""
 LAST_RESORT = 64
 """Such calls where no further thread is to be had. Arbitrary, because: it leaves some 15 frames to each."""
 
+NAMED_IN_A_CHAIN = 6
+"""Calls that an error names of a chain, the last one among them. Arbitrary, because: a line or two."""
+
 
 class Place:
     """What a call lends while its thread waits for the loop: its permit, and the thread.
@@ -170,10 +173,11 @@ def _ran_in_a_further_thread(call: Call) -> bool:
 
 def out_of_threads(call: Call) -> DeadlockError:
     """There is no thread for a call without which others cannot go on."""
-    chain = [call, *asking_calls(call.context)]
+    chain = [f"{each.name} in {each.crossing.name!r}" for each in (call, *asking_calls(call.context))]
+    if len(chain) > NAMED_IN_A_CHAIN:
+        chain[NAMED_IN_A_CHAIN - 1 : -1] = [f"{len(chain) - NAMED_IN_A_CHAIN} more"]
     return DeadlockError(
-        f"no thread is left for {call.name}, and threads wait for it: "
-        f"{' <- '.join(f'{each.name} in {each.crossing.name!r}' for each in chain)}. "
+        f"no thread is left for {call.name}, and threads wait for it: {' <- '.join(chain)}. "
         f"Nest less deeply, or run fewer of these at a time."
     )
 
