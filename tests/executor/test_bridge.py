@@ -234,7 +234,7 @@ def test_an_error_comes_back_as_the_very_same_object(bridge: BridgeExecutor, fn:
 
 
 @BOTH_FAIL
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StopIteration(4)], ids=repr)
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), StopIteration(4), GeneratorExit()], ids=repr)
 def test_what_would_end_more_than_a_function_ends_its_future_alone(
     bridge: BridgeExecutor, fn: Callable[..., Any], error: BaseException
 ) -> None:
@@ -1965,3 +1965,31 @@ def test_open_takes_any_async_context_manager(bridge: BridgeExecutor) -> None:
     """What has nothing async about it comes as it is."""
     with bridge.open(_opens_a_number()) as number:
         assert number == 5
+
+
+@BOTH_FAIL
+def test_what_a_map_leaves_behind_is_not_logged(
+    bridge: BridgeExecutor, fn: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first error is raised; nobody could ask for the others, whether they have come by then or not."""
+    values = bridge.map(fn, [ValueError(str(number)) for number in range(20)])
+    bridge.submit(echo, 1).result(LONG)
+    with pytest.raises(ValueError, match="0"):
+        next(values)
+    del values
+    bridge.shutdown()
+    gc.collect()
+    assert not caplog.records
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_jobs_that_end_in_the_call_that_starts_them_start_the_next_ones() -> None:
+    """Under an eager task factory, any number of them, on a stack that does not grow."""
+
+    def eager() -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined,unused-ignore]
+        return loop
+
+    with BridgeExecutor(limit=1, loop_factory=eager) as bridge:
+        assert list(bridge.map(echo, range(3_000))) == list(range(3_000))

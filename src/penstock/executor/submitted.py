@@ -204,9 +204,7 @@ class SubmittedJobs:
 
     def fill(self) -> None:
         """Start those whose turn it is."""
-        if not self._waiting:
-            return
-        if self._filling:  # and a job has ended in the very call that started it (eager tasks, 3.12)
+        if not self._waiting or self._filling:  # the latter: an eager task (3.12) has ended in the call that made it
             return
         self._filling = True
         try:
