@@ -360,5 +360,29 @@ def test_any_tree_of_both_kinds_completes(tree: Tree, max_workers: int, limit: i
             return 1 + sum([await asyncio.wrap_future(submit(child)) for child in tree.children])
         return 1 + await wrapped([submit(child) for child in tree.children])
 
-    with BridgeExecutor(max_workers, limit=limit) as bridge:
-        assert submit(tree).result(LONG) == size(tree)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.threads.lane.STANDSTILL", 0.02)  # which some of them need, once a level
+        with BridgeExecutor(max_workers, limit=limit) as bridge:
+            assert submit(tree).result(LONG) == size(tree)
+
+
+def test_threads_that_wait_on_the_loop_for_slots_do_not_keep_the_jobs_that_have_them_from_threads() -> None:
+    """All threads wait for jobs that need the slot of another, which needs a thread: it gets one beyond them."""
+
+    async def inner() -> int:
+        return 1
+
+    def waits() -> int:
+        return by_the_loop([bridge.submit(inner)])
+
+    async def needs_a_thread() -> int:
+        return await bridge.submit(size, Tree("plain", "result", ()))  # type: ignore[misc,no-any-return]
+
+    async def outer() -> int:
+        return await wrapped([bridge.submit(waits), bridge.submit(waits), bridge.submit(needs_a_thread)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("penstock.threads.lane.STANDSTILL", 0.02)
+        with BridgeExecutor(2, limit=1) as bridge:
+            for _ in range(20):
+                assert bridge.submit(outer).result(LONG) == 3

@@ -209,26 +209,29 @@ class Bridged:
             if self._refusal is _forked:
                 return  # no thread is here, and any lock may be held for ever
             self._refusal = self._refusal or _shut_down
-            thread = self._thread
-            if thread is None and self._starting is not None and self._starting.ident is not None:
-                thread = self._starting
-        if thread is not None and self._thread is None:  # it is about to be ready, or whoever waited was interrupted
-            try:
-                thread.wait_until_ready()
-            except Exception:  # noqa: BLE001  # of `loop_factory`, which has been told to who submitted
-                return
-            self._thread = thread
-        if thread is not None:
-            if cancel_futures:
-                self._lane.cancel_waiting()
-                self._jobs.cancel_from_outside()
-                self._post(self._jobs.cancel_waiting)
-            self._post(self._draining.set)
-        if thread is not None and wait:
+        thread = self._begun()
+        if thread is None:
+            return
+        if cancel_futures:
+            self._lane.cancel_waiting()
+            self._jobs.cancel_from_outside()
+            self._post(self._jobs.cancel_waiting)
+        self._post(self._draining.set)
+        if wait:
             thread.join()
             for worker in self.workers.threads:
                 if worker.idle:  # else it hangs in a call that nobody waits for
                     worker.join()
+
+    def _begun(self) -> LoopThread | None:
+        """The loop's thread, if there is one, once its loop runs. (Whoever began may yet wait, or be interrupted.)"""
+        if self._thread is None and self._starting is not None and self._starting.ident is not None:
+            try:
+                self._starting.wait_until_ready()
+            except Exception:  # noqa: BLE001  # of `loop_factory`, which has been told to who submitted
+                return None
+            self._thread = self._starting
+        return self._thread
 
     # --- as the interpreter or a fork has it ---
 

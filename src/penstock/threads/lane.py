@@ -88,6 +88,8 @@ class Lane(Executor):
         """Calls so far."""
         self._loop = self.books.loop
         self._workers = workers
+        self._own = workers is not SHARED
+        """Whether the threads are this lane's own: then it makes up for those that wait for the loop, too."""
         self._lock = self.books.lock
         self._queue: OrderedDict[Call, None] = OrderedDict()
         self._wanted: dict[Call, None] = {}
@@ -305,7 +307,7 @@ class Lane(Executor):
                     self._summon(nested)
         except RuntimeError as error:  # no thread can be started: it belongs to who waits for the call
             self._send_away(call, error)
-        if nested and not call.over:
+        if (nested or (self._own and self.books.waiting)) and not call.over:
             self._look_at_nested()
         if self._measured is not None:
             self._measured.watch()
@@ -330,6 +332,8 @@ class Lane(Executor):
 
     def _look_at_nested(self) -> None:
         """Something has changed: calls that threads wait for may need another thread than the lane's next one."""
+        if self._own and self.books.waiting and self._stands_still:
+            self._look_later()
         if not self._nested and not self._wanted:
             return
         with self._lock:
@@ -366,6 +370,9 @@ class Lane(Executor):
                 self._workers.when_free(self.look_soon, spare=True)
             return
         self._relief = call
+        with self._lock:  # no other thread is to come upon it
+            self._queue.pop(call, None)
+            self._wanted.pop(call, None)
         self.books.begin_external_work()
         try:
             self._workers.run(_Relief(call), at_once=True)
@@ -444,8 +451,9 @@ class Lane(Executor):
 
     @property
     def _stands_still(self) -> bool:
-        """Whether calls wait for a thread, all of which wait for futures. With the lock held."""
-        return bool(self._queue) and not self._on_its_way and 0 < self.books.busy <= self._standing
+        """Whether calls wait for a thread, all of which wait for futures; or, of threads of its own, for the loop."""
+        waiting = self._standing + (len(self.books.waiting) if self._own else 0)
+        return bool(self._queue) and not self._on_its_way and 0 < self.books.busy <= waiting
 
     def _look_whether_it_stands_still(self) -> None:
         with self._lock:
@@ -467,12 +475,16 @@ class Lane(Executor):
         free. Not at once: a pool whose functions wait for a service would grow by a thread for each call in its queue.
         """
         self._looks = False
-        with self._lock, suppress(RuntimeError):  # no thread can be started: the next look may be luckier
+        with self._lock:
             if not self._stands_still:
                 return
-            if self.books.started == started:
+            nothing_began = self.books.started == started
+            if nothing_began:
                 self._wanted[next(iter(self._queue))] = None
-                self._summon()
+                with suppress(RuntimeError):  # no thread can be started: the next look may be luckier
+                    self._summon()
+        if nothing_began:
+            self._relieve()
         self._look_later()
 
     def _left(self, call: Call, error: BaseException) -> None:
@@ -591,8 +603,8 @@ class _Runner:
         with lock:
             lane._on_its_way = False
             call = lane._take()
-        if lane._nested and call is not None:  # it may have taken another one than those that threads wait for
-            lane.look_soon()
+        if lane._nested or (call is None and lane._own and lane.books.waiting):
+            lane.look_soon()  # it may have taken another one than those that threads wait for, or none
         worker.call = call
         while call is not None:
             call.run()
