@@ -46,8 +46,9 @@ _wider_sockets: set[int] = set()
 LONG_FORM = "full or not full"
 LONG_EXAMPLES = 4_000
 
-# A busy machine is no failure of a property.
-hypothesis.settings.register_profile("short", deadline=None)
+# A busy machine is no failure of a property. The short form tries the same examples each time, so that it says
+# something about the change that it is run for; the long form is for finding out more.
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=LONG_EXAMPLES)
 
 

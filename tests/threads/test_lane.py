@@ -1392,3 +1392,16 @@ def test_a_call_that_is_queued_while_the_lane_closes_is_refused_once(
     assert refused == [future]
     go.set()
     assert running.result(BOUND)
+
+
+async def test_closing_leaves_a_call_to_the_thread_that_has_claimed_it(lane: Lane) -> None:
+    """It may have been claimed between the look at the queue and the refusal: then it is that thread's to end."""
+    queued, submitted = Call(lane.books, int, (), {}), SubmittedCall(lane.books, int, (), {})
+    for call in (queued, submitted):
+        assert call.claim()
+        lane._send_away(call, ClosedError("closed"))
+        lane._drop(call, ClosedError("closed"))
+        assert not call.over
+    assert not submitted.done()
+    assert queued.waiter is not None
+    assert not queued.waiter.done()

@@ -269,8 +269,7 @@ class Bridged:
             starting.wait_until_ready()  # without the lock, which that thread may come to need
         except Exception:  # of `loop_factory`: the next one may try again
             with self._lock:
-                if self._starting is starting:
-                    self._starting = None
+                self._starting = None if self._starting is starting else self._starting
             raise
         self._thread = starting
 
