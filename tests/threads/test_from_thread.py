@@ -19,7 +19,7 @@ from penstock.context import Lease, leases
 from penstock.testing import ThreadLatch, VirtualClockLoop, cancel_at_every_step, run_in_virtual_time
 from penstock.threads import portal as module
 from penstock.threads import workers as workers_module
-from penstock.threads.call import Call
+from penstock.threads.call import Call, asking_call
 from penstock.threads.lane import Lane
 from penstock.threads.place import DEEPEST_STACK, LAST_RESORT
 from penstock.threads.portal import Portal
@@ -1225,3 +1225,25 @@ async def test_a_thread_that_starts_a_call_and_goes_on_is_not_kept_by_it() -> No
         async with asyncio.timeout(BOUND):
             await executor.to_thread(produce)
             assert await consuming[0] == [1, 2, 3]
+
+
+async def test_a_call_that_is_given_to_a_waiting_thread_and_left_meanwhile_gives_its_permit_back() -> None:
+    """Nobody else has it, so nobody else would."""
+    workers = Workers(1)
+    lane, portal, back = Lane("test", 1, workers=workers), Portal(), asyncio.Event()
+
+    async def on_the_loop() -> None:
+        asking = asking_call.get()
+        assert asking is not None
+        assert asking.place is not None
+        given = Call(lane.books, int, (), {})
+        given.held, given.give_back = asking.place.loan, back.set
+        assert given.claim()
+        asking.place.give(given)
+        await back.wait()
+
+    async with asyncio.timeout(BOUND):
+        await lane.call(portal.call, on_the_loop, (), {})
+    workers.dismiss()
+    for worker in workers.threads:
+        await asyncio.to_thread(worker.join, BOUND)

@@ -616,3 +616,12 @@ def test_an_interrupt_before_work_is_taken_leaves_none_behind(make: Make) -> Non
     assert not workers.has(task)
     workers.run(task)
     assert task.landed.wait(BOUND)
+
+
+def test_a_thread_that_takes_its_time_to_begin_summons_nobody_where_nothing_waits(make: Make) -> None:
+    """There may be nothing left in the backlog by then: it only counts as under way no more."""
+    workers = make(1)
+    workers._waking = 1
+    workers._others_may_start()
+    assert workers._waking == 0
+    assert workers.threads == ()
