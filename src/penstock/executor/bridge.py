@@ -60,8 +60,9 @@ class BridgeExecutor(Executor):
     as under `Executor`. Plain functions run in threads of its own. All futures are those of the standard library, and
     what that says of `submit`, `map`, `shutdown`, `wait` and `as_completed` holds. Threads start at the first use.
 
-    A function that runs here may submit here and wait for it, to any depth: for a thread that waits (in `result`,
-    `exception`, `wait` or `as_completed`) another one stands in, which runs what is waited for.
+    A function that runs here may submit here and wait for it. For a thread that waits (in `result`, `exception`, `wait`
+    or `as_completed`) another one stands in, which runs what is waited for. So plain functions may wait for each other
+    512 deep, then `DeadlockError` is raised; coroutines, which await the future itself, to any depth.
 
     **Threads**: any may use it, at once; also one that runs another event loop, in `loop.run_in_executor(bridge, fn)`.
     **Exit and fork** as for `ThreadPoolExecutor`: the interpreter waits at its exit for what has been submitted; one
@@ -119,9 +120,9 @@ class BridgeExecutor(Executor):
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         """Run `fn(*args, **kwargs)`: a coroutine function as a job on the loop, a plain one in a thread.
 
-        Never blocks, but for a moment at the first use. Any thread, also the loop's own: there, await
-        `asyncio.wrap_future(future)`. What waits has no bound: use `map` with `buffersize=` for many items. Context
-        variables go along.
+        Never blocks, but for a moment at the first use. Any thread, also the loop's own: there, await the future, or
+        `asyncio.wrap_future(future)` where types are checked. What waits has no bound: use `map` with `buffersize=` for
+        many items. Context variables go along.
 
         **Cancellation**: `future.cancel()` cancels the coroutine, whether it has begun or not; a plain function only
         before it has begun. The future of a coroutine says at once that it is cancelled; `wait` and `as_completed` wait
