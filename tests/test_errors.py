@@ -9,8 +9,10 @@ import pytest
 
 from penstock import errors
 from penstock.errors import (
+    AllFailed,
     AttemptTimeout,
     BodyTooLarge,
+    BudgetReached,
     CircuitOpen,
     ClosedError,
     ConnectionFailed,
@@ -23,13 +25,19 @@ from penstock.errors import (
     NotJson,
     Overloaded,
     PenstockError,
+    RecordedError,
     RoundTripError,
+    SkipItem,
     TooManyErrors,
     UsageError,
     WrongLoop,
     WrongThread,
+    first_line,
+    in_figures,
+    name_of_class,
     shown,
 )
+from penstock.outcome import FailureKind, classify
 
 EXAMPLES: dict[type[PenstockError], tuple[tuple[Any, ...], dict[str, Any]]] = {
     PenstockError: (("text",), {}),
@@ -65,6 +73,19 @@ EXAMPLES: dict[type[PenstockError], tuple[tuple[Any, ...], dict[str, Any]]] = {
     AttemptTimeout: (("text",), {}),
     JobTimeout: (("text",), {}),
     TooManyErrors: ((7, 1000, 0.005), {"failed": 7, "finished": 1000, "max_errors": 0.005}),
+    AllFailed: ((50, "KeyError: 'id'"), {"count": 50, "first": "KeyError: 'id'"}),
+    BudgetReached: (("usd", 10.02, 10), {"unit": "usd", "spent": 10.02, "limit": 10}),
+    SkipItem: (("text",), {}),
+    RecordedError: (
+        ("penstock.errors.HttpStatusError", "GET http://x/a -> HTTP 422", 422, "permanent", b"no"),
+        {
+            "error": "penstock.errors.HttpStatusError",
+            "message": "GET http://x/a -> HTTP 422",
+            "status": 422,
+            "failure_kind": "permanent",
+            "answer": b"no",
+        },
+    ),
     CircuitOpen: (("text",), {}),
     Overloaded: (("text",), {}),
     DeadlockError: (("text",), {}),
@@ -181,6 +202,25 @@ def test_a_connection_counts_as_used_unless_it_provably_was_not() -> None:
             "1,200 of 24,000 finished jobs failed; max_errors=0.05 allows no more",
         ),
         (TooManyErrors(1, 1, 0), "1 of 1 finished jobs failed; max_errors=0 allows no more"),
+        (
+            AllFailed(1000, "HttpStatusError: GET http://x/a -> HTTP 401"),
+            "the first 1,000 jobs all failed, the first one by 'HttpStatusError: GET http://x/a -> HTTP 401'. As a "
+            "rule the URL or the key is wrong, or the job is; correct it and run again. fail_fast=None goes on "
+            "whatever fails.",
+        ),
+        (
+            BudgetReached("usd", 10.02, 10),
+            "the budget of usd=10 was reached: 10.02 used. Raise the budget, or run again to go on: with the same "
+            "journal=, what is recorded is not done twice.",
+        ),
+        (
+            BudgetReached("time", 3600.0001, 3600),
+            "the budget of time=3600 was reached: 3,600 s used. Raise the budget, or run again to go on: with the same "
+            "journal=, what is recorded is not done twice.",
+        ),
+        (SkipItem("no address"), "no address"),
+        (RecordedError("penstock.errors.HttpStatusError", "GET x", 404), "HttpStatusError: GET x"),
+        (RecordedError("TimeoutError", ""), "TimeoutError"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -194,3 +234,44 @@ def test_a_body_is_shown_as_one_short_line() -> None:
     assert shown(b"x" * 200) == f"'{'x' * 200}'"
     assert shown(b"x" * 201) == f"'{'x' * 200}'..."
     assert shown(b"abc", limit=2) == "'ab'..."
+
+
+@pytest.mark.parametrize("kind", FailureKind)
+def test_a_recorded_error_is_of_the_kind_that_was_recorded(kind: FailureKind) -> None:
+    """Whatever its class or status would say today; and of none but the usual one where nothing was recorded."""
+    assert classify(RecordedError("builtins.KeyError", "'id'", 503, kind)) is kind
+    assert classify(RecordedError("builtins.KeyError", "'id'", 503)) is FailureKind.PERMANENT
+
+
+def test_a_recorded_error_is_told_as_the_one_that_it_stands_for() -> None:
+    """So that a cause of this run and the same cause of an earlier one are counted together."""
+    long = "bad id " * 100 + "\nmore"
+    for message in ("bad id\nmore", "", long):
+        fresh, recorded = ValueError(message), RecordedError("builtins.ValueError", message)
+        assert first_line(recorded) == first_line(fresh)
+        assert name_of_class(recorded) == name_of_class(fresh) == "ValueError"
+    assert name_of_class(RecordedError("jobs.make.<locals>.Refused", "")) == "Refused"
+
+
+def test_a_skipped_item_is_no_reason_to_ask_again() -> None:
+    """What a gate would retry by default is throttled or transient."""
+    assert classify(SkipItem("no address")) is FailureKind.PERMANENT
+    assert str(SkipItem()) == ""
+
+
+@pytest.mark.parametrize(
+    ("amount", "figures"),
+    [
+        (0, "0"),
+        (0.002, "0.002"),
+        (1 / 3, "0.333333"),
+        (10.02, "10.02"),
+        (99_999.5, "99,999.5"),
+        (1_000_812, "1,000,812"),
+        (123_456.7, "123,457"),
+        (1e300, "1e+300"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_an_amount_is_shown_in_the_figures_that_people_read(amount: float, figures: str) -> None:
+    assert in_figures(amount) == figures

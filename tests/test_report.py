@@ -1,6 +1,8 @@
 """The books of a run: what is counted, what is kept, and that they cannot be cooked."""
 
 import dataclasses
+import json
+import math
 import pickle
 from collections import Counter
 from typing import Any
@@ -10,8 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import FailureKind, HttpStatusError, InternalError, Outcome, Report, UsageError, classify
-from penstock.errors import first_line
-from penstock.report import INTERRUPTED, KNOWN_CAUSES, MOST_CAUSES, TOO_MANY_ERRORS, Cause, Tally
+from penstock.errors import RecordedError, SkipItem, first_line
+from penstock.report import (
+    ALL_FAILED,
+    BUDGET_REACHED,
+    INTERRUPTED,
+    KNOWN_CAUSES,
+    MOST_CAUSES,
+    TIME_UP,
+    TOO_MANY_ERRORS,
+    Cause,
+    Tally,
+)
 
 
 def done(ran: float = 0.0, attempts: int = 0) -> Outcome[Any]:
@@ -20,6 +32,14 @@ def done(ran: float = 0.0, attempts: int = 0) -> Outcome[Any]:
 
 def failed(error: Exception, key: object = None, attempts: int = 0) -> Outcome[Any]:
     return Outcome(key, "item", None, error, classify(error), attempts, 0.0, 0.0)
+
+
+def skipped(attempts: int = 0) -> Outcome[Any]:
+    return Outcome("k", "item", None, SkipItem("no address"), None, attempts, 0.0, 0.0)
+
+
+def replayed(outcome: Outcome[Any]) -> Outcome[Any]:
+    return outcome._replace(replayed=True)
 
 
 def report_of(*outcomes: Outcome[Any], left: int = 0, stopped: str | None = None) -> Report:
@@ -34,6 +54,7 @@ OUTCOMES = st.lists(
     st.one_of(
         st.builds(done, ran=st.floats(0, 1e6), attempts=st.integers(0, 5)),
         st.builds(failed, error=ERRORS, key=st.integers(), attempts=st.integers(0, 5)),
+        st.builds(skipped, attempts=st.integers(0, 5)),
     )
 )
 
@@ -46,8 +67,9 @@ def test_every_outcome_is_counted_exactly_once(outcomes: list[Outcome[Any]], lef
     """By state, by kind and by cause; attempts are those of all jobs, durations those of the successful ones."""
     report = report_of(*outcomes, left=left)
     report.verify()
-    bad = [outcome for outcome in outcomes if not outcome.ok]
-    assert (report.done, report.failed, report.left) == (len(outcomes) - len(bad), len(bad), left)
+    bad = [outcome for outcome in outcomes if outcome.kind is not None]
+    assert (report.done, report.failed, report.left) == (sum(outcome.ok for outcome in outcomes), len(bad), left)
+    assert report.skipped == len(outcomes) - report.done - report.failed
     assert report.kinds == Counter(outcome.kind for outcome in bad)
     assert sum(cause.count for cause in report.causes) == len(bad)
     assert report.attempts == sum(outcome.attempts for outcome in outcomes)
@@ -60,10 +82,11 @@ def test_causes_are_sorted_and_each_is_told_once(outcomes: list[Outcome[Any]]) -
     causes = report_of(*outcomes).causes
     told = [(cause.kind, cause.error) for cause in causes]
     assert len(set(told)) == len(told)
-    in_order_of_coming = [(o.kind, first_line(o.error)) for o in outcomes if o.error is not None]
+    bad = [o for o in outcomes if o.kind is not None]
+    in_order_of_coming = [(o.kind, first_line(o.error)) for o in bad if o.error is not None]
     assert told == [cause for cause, _ in Counter(in_order_of_coming).most_common()]
     for cause in causes:
-        first = next(o for o in outcomes if o.error is not None and (o.kind, first_line(o.error)) == told[0])
+        first = next(o for o in bad if o.error is not None and (o.kind, first_line(o.error)) == told[0])
         assert cause.example_key == first.key
         told.pop(0)
 
@@ -121,6 +144,78 @@ def test_a_report_is_printed_as_a_summary() -> None:
     assert "0 jobs/s" in str(Tally().report(read=0, left=0, stopped=None, elapsed=0.0))
 
 
+@given(
+    outcomes=st.lists(
+        st.tuples(st.sampled_from([done(2.0, 3), failed(KeyError(), attempts=3), skipped(3)]), st.booleans())
+    )
+)
+def test_what_an_earlier_run_recorded_counts_as_what_it_is_but_not_as_work_of_this_one(
+    outcomes: list[tuple[Outcome[Any], bool]],
+) -> None:
+    """States, kinds and causes are those of the whole job; attempts and durations those of this run."""
+    mixed = report_of(*(replayed(outcome) if old else outcome for outcome, old in outcomes))
+    mixed.verify()
+    plain = report_of(*(outcome for outcome, _ in outcomes))
+    for same in ("done", "failed", "skipped", "kinds", "causes"):
+        assert getattr(mixed, same) == getattr(plain, same)
+    fresh = [outcome for outcome, old in outcomes if not old]
+    assert mixed.replayed == len(outcomes) - len(fresh)
+    assert mixed.attempts == 3 * len(fresh)
+    assert mixed.ran.count == sum(outcome.ok for outcome in fresh)
+
+
+def test_a_recorded_failure_and_a_fresh_one_are_one_cause() -> None:
+    """By HTTP status and by message; the error of the earlier run is told of, not the one that stands for it."""
+    tally = Tally()
+    tally.add(replayed(failed(RecordedError("penstock.errors.HttpStatusError", "GET http://h/1 -> HTTP 404", 404))))
+    tally.add(failed(HttpStatusError(404, "GET", "http://h/2")))
+    tally.add(replayed(failed(RecordedError("builtins.ValueError", "no item 1"))))
+    tally.add(failed(ValueError("no item 2")))
+    report = tally.report(read=4, left=0, stopped=None, elapsed=1.0)
+    assert [(cause.error, cause.count) for cause in report.causes] == [
+        ("HttpStatusError: GET http://h/1 -> HTTP 404", 2),
+        ("ValueError: no item 1", 2),
+    ]
+
+
+def test_items_that_were_there_twice_are_skipped_on_top_of_those_that_said_so() -> None:
+    """No outcome was added for them: whoever left them out tells how many they were."""
+    tally = Tally()
+    tally.add(skipped())
+    tally.add(done())
+    report = tally.report(read=5, left=0, skipped=3, stopped=None, elapsed=1.0)
+    report.verify()
+    assert report.skipped == 4
+
+
+def test_a_report_is_printed_with_what_only_some_runs_have() -> None:
+    """What was skipped, recorded earlier, spent, why it stopped, and where the journal is: where there is any."""
+    tally = Tally()
+    tally.add(replayed(done()))
+    tally.add(skipped())
+    tally.add(done(attempts=2))
+    report = tally.report(
+        read=1203, left=1200, stopped=BUDGET_REACHED, why="10 USD are gone", elapsed=0.5,
+        spent={"usd": 10.02, "tokens": 1_000_812.0}, journal="run.db",
+    )  # fmt: skip
+    assert str(report).splitlines() == [
+        "read 1,203 = done 2 + failed 0 + skipped 1 + left 1,200",
+        "0.5 s, 4 jobs/s, 2 attempts",
+        "recorded by earlier runs: 1",
+        "spent: usd 10.02, tokens 1,000,812",
+        "stopped early: a budget was reached: 10 USD are gone",
+        "journal: run.db",
+    ]
+
+
+def test_what_was_spent_later_does_not_change_a_report() -> None:
+    """A thread that was left behind may still spend."""
+    spent = {"usd": 1.0}
+    report = Tally().report(read=0, left=0, stopped=None, elapsed=0.0, spent=spent)
+    spent["usd"] = 2.0
+    assert report.spent == {"usd": 1.0}
+
+
 def test_a_report_does_not_change_when_counting_goes_on() -> None:
     tally = Tally()
     tally.add(failed(ValueError()))
@@ -140,7 +235,7 @@ def test_a_report_survives_pickling() -> None:
 # --- verify ---
 
 
-BOOKS = report_of(done(), done(), failed(ValueError("x")), failed(KeyError("y")), left=3)
+BOOKS = report_of(done(), replayed(done()), failed(ValueError("x")), failed(KeyError("y")), skipped(), left=3)
 
 
 def test_books_that_add_up_verify() -> None:
@@ -151,12 +246,16 @@ def test_books_that_add_up_verify() -> None:
 @pytest.mark.parametrize(
     "cooked",
     [
-        {"read": 8},
-        {"read": 6},
+        {"read": 9},
+        {"read": 7},
         {"done": 1},
         {"done": 3},
         {"failed": 3},
         {"left": 0},
+        {"skipped": 0},
+        {"skipped": 2},
+        {"skipped": 2, "done": 1, "left": 3, "kinds": {}},
+        {"replayed": 6},
         {"done": 3, "failed": 1},
         {"done": 4, "failed": 0},
         {"kinds": {}},
@@ -181,6 +280,12 @@ def test_cooked_books_do_not_verify(cooked: dict[str, Any]) -> None:
         (report_of(done()), 0),
         (report_of(done(), failed(ValueError())), 5),
         (report_of(done(), left=1), 5),
+        (report_of(done(), skipped(), replayed(done())), 0),
+        (report_of(replayed(failed(ValueError()))), 5),
+        (report_of(failed(ValueError()), left=1, stopped=ALL_FAILED), 8),
+        (report_of(done(), left=1, stopped=BUDGET_REACHED), 8),
+        (report_of(done(), left=1, stopped=TIME_UP), 10),
+        (report_of(done(), stopped="of a later version"), 130),
         (report_of(failed(ValueError()), stopped=TOO_MANY_ERRORS), 8),
         (report_of(done(), left=1, stopped=TOO_MANY_ERRORS), 8),
         (report_of(done(), stopped=INTERRUPTED), 130),
@@ -190,6 +295,54 @@ def test_cooked_books_do_not_verify(cooked: dict[str, Any]) -> None:
 def test_a_script_can_exit_with_what_happened(report: Report, code: int) -> None:
     """What ended the run early says more than what failed in it."""
     assert report.exit_code == code
+
+
+# --- JSON ---
+
+
+class Uncopyable:
+    """As keys that hold a connection or a lock."""
+
+    def __deepcopy__(self, _memo: object) -> None:
+        raise TypeError("cannot be copied")
+
+    def __repr__(self) -> str:
+        return "<a key>"
+
+
+def test_a_report_as_json_holds_all_of_it() -> None:
+    """Under the names of its fields, and the exit code beside them: for whoever starts runs and is no Python."""
+    tally = Tally()
+    tally.add(done(ran=0.5, attempts=1))
+    tally.add(failed(ValueError("bad"), key=7))
+    report = tally.report(
+        read=2, left=0, stopped=TIME_UP, why="it was late", elapsed=1.5, spent={"usd": 0.5}, journal="run.db"
+    )
+    told = json.loads(report.to_json())
+    assert told == {
+        "read": 2, "done": 1, "failed": 1, "skipped": 0, "left": 0, "replayed": 0, "stopped": "time was up",
+        "why": "it was late", "exit_code": 10, "kinds": {"permanent": 1}, "attempts": 1, "elapsed": 1.5,
+        "causes": [{"kind": "permanent", "error": "ValueError: bad", "count": 1, "example_key": 7}],
+        "ran": dataclasses.asdict(report.ran), "spent": {"usd": 0.5}, "journal": "run.db", "duplicates": 0,
+    }  # fmt: skip
+    assert set(told) == {field.name for field in dataclasses.fields(Report)} | {"exit_code"}
+
+
+def test_a_report_as_json_is_json_for_everybody() -> None:
+    """No NaN for the times of no jobs, no infinity, and no line break, whatever the keys are."""
+    tally = Tally()
+    for number, key in enumerate([Uncopyable(), ("a", 1), math.nan, b"x", "a\nb", True, 2.5]):
+        tally.add(failed(ValueError(in_letters(number)), key=key))
+    report = tally.report(read=7, left=0, stopped=None, elapsed=0.0, spent={"usd": math.inf})
+    text = report.to_json()
+    told = json.loads(text, parse_constant=pytest.fail)
+    assert "\n" not in text
+    assert [cause["example_key"] for cause in told["causes"]] == [
+        "<a key>", "('a', 1)", None, "b'x'", "a\nb", True, 2.5,
+    ]  # fmt: skip
+    assert told["ran"]["mean"] is None
+    assert told["spent"] == {"usd": None}
+    assert told["exit_code"] == 5
 
 
 # --- first_line ---

@@ -8,8 +8,10 @@ from penstock.clients.pool import Pool, PoolStatistics
 from penstock.clients.response import Response
 from penstock.context import RunningJob, current_job
 from penstock.errors import (
+    AllFailed,
     AttemptTimeout,
     BodyTooLarge,
+    BudgetReached,
     CircuitOpen,
     ClosedError,
     ConnectionFailed,
@@ -22,17 +24,20 @@ from penstock.errors import (
     NotJson,
     Overloaded,
     PenstockError,
+    RecordedError,
     RoundTripError,
+    SkipItem,
     TooManyErrors,
     UsageError,
     WrongLoop,
     WrongThread,
 )
 from penstock.events import Instrument, JobEnded
-from penstock.executor.ambient import compute, compute_each, from_thread, to_process, to_thread
+from penstock.executor.ambient import compute, compute_each, from_thread, spend, to_process, to_thread
 from penstock.executor.bridge import BridgeExecutor
 from penstock.executor.definition import Job, job
 from penstock.executor.executor import Executor
+from penstock.executor.ledger import Budget
 from penstock.executor.statistics import ExecutorStatistics, StreamStatistics
 from penstock.executor.stream import Stream
 from penstock.executor.synchronous import SyncHttpClient, SyncStreamedResponse
@@ -46,6 +51,9 @@ from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics
 from penstock.histogram import Distribution
 from penstock.instruments.progress import ProgressLine
+from penstock.journal.dead import DeadLetter, dead
+from penstock.journal.options import Codec, Journal
+from penstock.journal.steps import idempotency_key, step
 from penstock.outcome import FailureKind, Outcome, classify
 from penstock.report import Cause, Report
 from penstock.run import run
@@ -56,16 +64,21 @@ from penstock.threads.pull import pull_in_thread
 __all__ = [
     "AbandonedCall",
     "Adaptive",
+    "AllFailed",
     "AttemptTimeout",
     "BlockingClient",
     "BodyTooLarge",
     "Breaker",
     "BridgeExecutor",
+    "Budget",
+    "BudgetReached",
     "Cause",
     "CircuitOpen",
     "ClosedError",
+    "Codec",
     "ConnectTimeout",
     "ConnectionFailed",
+    "DeadLetter",
     "DeadlockError",
     "Distribution",
     "Executor",
@@ -79,6 +92,7 @@ __all__ = [
     "Job",
     "JobEnded",
     "JobTimeout",
+    "Journal",
     "JournalError",
     "KeyStatistics",
     "LaneStatistics",
@@ -94,11 +108,13 @@ __all__ = [
     "PoolStatistics",
     "ProgressLine",
     "Rate",
+    "RecordedError",
     "Report",
     "Response",
     "Retry",
     "RoundTripError",
     "RunningJob",
+    "SkipItem",
     "Stream",
     "StreamStatistics",
     "StreamedResponse",
@@ -113,10 +129,14 @@ __all__ = [
     "compute",
     "compute_each",
     "current_job",
+    "dead",
     "from_thread",
+    "idempotency_key",
     "job",
     "pull_in_thread",
     "run",
+    "spend",
+    "step",
     "to_process",
     "to_thread",
 ]

@@ -4,11 +4,13 @@ Every job runs in a task and a context of its own, and a `RunningJob` is set in 
 line. Whoever works for the job (a gate, a lane's thread, a log record) finds it here without being told: a context
 variable follows the job through awaits, into threads and into tasks that it starts.
 
-The record is written by the loop thread only. Other threads may read it.
+The record is written by the loop thread only, but for what the job has spent, which any thread may add to. Other
+threads may read it.
 """
 
 import reprlib
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context, ContextVar
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +35,26 @@ class Host(Protocol):
     def from_thread(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
 
 
+class Account(Protocol):
+    """Where a run adds up what its jobs spend."""
+
+    def spend(self, units: Mapping[str, float]) -> None:
+        """So much more, by unit. Any thread; does not block."""
+        ...
+
+
+class Memos(Protocol):
+    """Who keeps what is recorded of the steps of items."""
+
+    def memo_of(self, item: "RunningJob", /) -> Any:
+        """The `penstock.journal.steps.Memo` of an item; None if none is kept. Loop thread only."""
+        ...
+
+
+_spending = threading.Lock()
+"""One for all jobs: it is held for the addition of some numbers, and taken only where something is spent."""
+
+
 class RunningJob:
     """The identity of a job while it runs, and what it has used so far.
 
@@ -50,9 +72,37 @@ class RunningJob:
     depth: int = 0
     """0 for a job of the program, 1 for a job submitted by such a job, and so on."""
     attempts: int = 0
-    """Attempts of round trips so far."""
+    """Attempts of round trips so far, with those of jobs submitted for its item."""
     waited: float = 0.0
     """Seconds waited so far for permits, threads and back-off."""
+    root: "RunningJob | None" = None
+    """The job of the item that this job was submitted for, which pays for it; None: itself."""
+    reader: "RunningJob | None" = None
+    """The job that reads the stream to which this one belongs, and pays for it too; None where it has no account."""
+    account: Account | None = None
+    """That of its run; None where there is none."""
+    memos: "Memos | None" = None
+    """Who knows what is recorded of its item's steps; None without a journal."""
+    outcome_unknown: bool = False
+    """Whether an earlier run started this item and ended in the middle of it; see `Journal(intents=True)`."""
+    spent: dict[str, float] | None = None
+    """What it has spent so far, by unit, with the jobs that it pays for. Replaced, never changed."""
+
+    def spend(self, units: Mapping[str, float]) -> None:
+        """Add to what the job of the item has spent, and to its run's account. Any thread; does not block.
+
+        When that job belongs to a stream that the job of another item reads, that one and its run pay for it too.
+        """
+        payer = self.root or self
+        while True:
+            with _spending:
+                before = payer.spent or {}
+                payer.spent = before | {unit: before.get(unit, 0.0) + amount for unit, amount in units.items()}
+            if payer.account is not None:
+                payer.account.spend(units)
+            if payer.reader is None:
+                return
+            payer = payer.reader
 
     def __repr__(self) -> str:
         if self.key is not None:

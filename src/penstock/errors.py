@@ -14,6 +14,10 @@
     │   └── AttemptTimeout     no answer in time (also TimeoutError)
     ├── JobTimeout             a job took longer than the stream's `timeout=` (also TimeoutError)
     ├── TooManyErrors          more jobs failed than `max_errors=` allows
+    ├── AllFailed              the first jobs of a run all failed: it is hopeless
+    ├── BudgetReached          a run has used what its `budget=` allows
+    ├── SkipItem               raised by a job: the item needs no work
+    ├── RecordedError          an error that an earlier run recorded
     ├── CircuitOpen            the circuit breaker refuses
     ├── Overloaded             the queue is full and shedding was asked for
     ├── DeadlockError          a wait that cannot be resolved
@@ -22,6 +26,11 @@
 
 Every exception can be pickled: all its data stand in `args`.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from penstock.outcome import Outcome
 
 
 class PenstockError(Exception):
@@ -148,6 +157,69 @@ class TooManyErrors(PenstockError):
         )
 
 
+class AllFailed(PenstockError):
+    """The first jobs of a run all failed, as many as `fail_fast=` says. What was in flight has been finished.
+
+    `first` is the first of their errors, as a line of text.
+    """
+
+    def __init__(self, count: int, first: str) -> None:
+        super().__init__(count, first)
+        self.count = count
+        self.first = first
+
+    def __str__(self) -> str:
+        return (
+            f"the first {self.count:,} jobs all failed, the first one by {self.first!r}. As a rule the URL or the key "
+            f"is wrong, or the job is; correct it and run again. fail_fast=None goes on whatever fails."
+        )
+
+
+class BudgetReached(PenstockError):
+    """A run has used what its `budget=` allows. What was in flight has been finished, and delivered before this."""
+
+    def __init__(self, unit: str, spent: float, limit: float) -> None:
+        super().__init__(unit, spent, limit)
+        self.unit = unit
+        self.spent = spent
+        self.limit = limit
+
+    def __str__(self) -> str:
+        seconds = " s" if self.unit == "time" else ""
+        return (
+            f"the budget of {self.unit}={self.limit!r} was reached: {in_figures(self.spent)}{seconds} used. "
+            f"Raise the budget, or run again to go on: with the same journal=, what is recorded is not done twice."
+        )
+
+
+class SkipItem(PenstockError):
+    """Raise it in a job: this item needs no work. `SkipItem("why")`.
+
+    The outcome carries it as its error and has no kind: it is neither a success nor a failure, and is not retried.
+    """
+
+
+class RecordedError(PenstockError):
+    """An error as an earlier run recorded it; the object itself has ended with that run.
+
+    `error` is its class, with its module; `message` its text; `status` the HTTP status, or None; `failure_kind` what
+    `classify` said of it then, and says of this one; `answer` the first bytes of the service's last answer, or None.
+    """
+
+    def __init__(
+        self, error: str, message: str, status: int | None = None, kind: str = "permanent", answer: bytes | None = None
+    ) -> None:
+        super().__init__(error, message, status, kind, answer)
+        self.error = error
+        self.message = message
+        self.status = status
+        self.failure_kind = kind
+        self.answer = answer
+
+    def __str__(self) -> str:
+        return f"{name_of_class(self)}: {self.message}" if self.message else name_of_class(self)
+
+
 class CircuitOpen(PenstockError):
     """The circuit breaker of a service is open and was asked to fail fast. Transient: nothing was sent."""
 
@@ -163,7 +235,20 @@ class DeadlockError(PenstockError):
 
 
 class JournalError(PenstockError):
-    """The journal cannot be used: the message names the file and the cure."""
+    """The journal cannot be used: the message names the file and the cure.
+
+    `unrecorded` holds the outcomes of jobs that had ended and found no place in it: nothing else knows of them.
+    """
+
+    def __init__(self, message: str = "", unrecorded: "tuple[Outcome[Any], ...]" = ()) -> None:
+        super().__init__(message, unrecorded)
+        self.message = message
+        self.unrecorded = unrecorded
+
+    def __str__(self) -> str:
+        count = len(self.unrecorded)
+        held = f" {count:,} outcomes could not be recorded: `error.unrecorded` holds them." if count else ""
+        return self.message + held
 
 
 class InternalError(PenstockError):
@@ -176,14 +261,27 @@ def shown(body: bytes, limit: int = 200) -> str:
     return repr(text) + ("..." if len(body) > limit else "")
 
 
+def in_figures(amount: float) -> str:
+    """An amount of anything for people: six figures of it, or all that stand before the point."""
+    return f"{amount:,.0f}" if 1e5 <= amount < 1e15 else f"{amount:,.6g}"
+
+
 def first_line(error: BaseException) -> str:
-    """Class and first line of the message, at most 200 characters. An error that cannot be shown says so."""
+    """Class and first line of the message, at most 200 characters. An error that cannot be shown says so.
+
+    A recorded error is told as the one that it stands for.
+    """
     try:
-        message = str(error)
+        message = error.message if isinstance(error, RecordedError) else str(error)
     except Exception:  # noqa: BLE001  # an exception class of the user's: its mistake must not end the run
         message = "<its __str__ raised an error>"
     start = message.lstrip()[:200].splitlines()
-    return f"{type(error).__name__}: {start[0]}"[:200] if start else type(error).__name__
+    return f"{name_of_class(error)}: {start[0]}"[:200] if start else name_of_class(error)
+
+
+def name_of_class(error: BaseException) -> str:
+    """The error's class, without its module; of a recorded error, that of the one that it stands for."""
+    return error.error.rpartition(".")[2] if isinstance(error, RecordedError) else type(error).__name__
 
 
 def status_of(error: BaseException) -> int | None:

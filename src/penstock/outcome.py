@@ -164,6 +164,7 @@ class Outcome(NamedTuple, Generic[T]):
 
     A cancellation from outside is never an outcome; one that the job inflicts on itself, by raising `CancelledError`,
     has kind *cancelled*. (A job that calls `cancel()` on its own task cannot be told from one that others cancel.)
+    A job that raised `SkipItem` was skipped: that is its error, and it has no kind.
     Durations are seconds. A named tuple, because one is made for every item and a frozen dataclass costs four times
     as much to make.
     """
@@ -173,11 +174,11 @@ class Outcome(NamedTuple, Generic[T]):
     input: Any
     """The item."""
     value: T | None
-    """What the job returned; None when it failed."""
+    """What the job returned; None when it failed or was skipped."""
     error: BaseException | None
-    """What the job raised; None when it succeeded."""
+    """What the job raised; None when it succeeded. A `RecordedError` when a failure is replayed."""
     kind: FailureKind | None
-    """What `classify` says of the error; None when it succeeded."""
+    """What `classify` says of the error; None when the job succeeded or was skipped: what has a kind is a failure."""
     attempts: int
     """All attempts of all round trips of the job."""
     waited: float
@@ -189,11 +190,11 @@ class Outcome(NamedTuple, Generic[T]):
 
     @property
     def ok(self) -> bool:
-        """True when the job succeeded."""
+        """True when the job succeeded; False also when it was skipped."""
         return self.error is None
 
     def unwrap(self) -> T:
-        """The value; raises the job's own error when it failed."""
+        """The value; raises the job's own error when it failed, and its `SkipItem` when it was skipped."""
         error = self.error
         if error is None:
             return self.value  # type: ignore[return-value]  # without an error it is a T, also when T admits None

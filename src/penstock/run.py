@@ -16,6 +16,7 @@ executor.
 
 import asyncio
 import math
+import os
 import signal
 import sys
 import threading
@@ -27,10 +28,12 @@ from penstock.context import current_job
 from penstock.errors import UsageError
 from penstock.events import Instrument
 from penstock.executor.definition import Job
-from penstock.executor.executor import Executor, check_seconds
+from penstock.executor.executor import FAIL_FAST, Executor, check_seconds
+from penstock.executor.ledger import Budget
 from penstock.executor.running import PATIENCE
 from penstock.executor.signals import DRAIN_TIMEOUT, Interrupts
 from penstock.instruments.progress import ProgressLine
+from penstock.journal.options import Journal
 from penstock.report import Report
 from penstock.threads.main_guard import refuse_a_child_that_imports
 from penstock.threads.own_loop import check_loop_factory, run_in_own_thread, run_on_own_loop
@@ -49,6 +52,9 @@ def run(
     processes: int | None = None,
     timeout: float | None = None,
     max_errors: float | None = None,
+    fail_fast: int | None = FAIL_FAST,
+    budget: Budget | None = None,
+    journal: str | os.PathLike[str] | Journal | None = None,
     progress: bool | None = None,
     instruments: Sequence[Instrument] = (),
     drain_timeout: float | None = DRAIN_TIMEOUT,
@@ -81,6 +87,11 @@ def run(
             the services busy and fit in the memory, and how many calls; see `Executor`.
         timeout: seconds for each job.
         max_errors: an int or a float, see `Executor.as_completed`; the run ends early and the report says so.
+        fail_fast: the run ends early when so many first jobs all fail, by a wrong address or key for example; None:
+            whatever fails.
+        budget: the run ends early when a limit of it is reached; see `Budget`.
+        journal: a path, or a `Journal` with options: what an earlier run of the same command has recorded is not run
+            again. Needs `key`.
         progress: show a progress line on standard error; None shows it on a terminal only.
         instruments: who else is told of each job's end.
         drain_timeout: seconds that a drain after a signal may take, 0 to cancel at once; None: as long as it takes.
@@ -95,6 +106,7 @@ def run(
     Raises:
         UsageError: called under a running event loop that is not that of a cell of IPython, or with arguments that
             cannot work.
+        JournalError: the journal cannot be used, or no longer: the message names the file and the cure.
         KeyboardInterrupt: Ctrl-C was pressed three times, or when the run was over.
         Exception: what the source raised, or the job's opening or closing, or `loop_factory`.
     """
@@ -112,7 +124,10 @@ def run(
             Executor(limit=limit, threads=threads, processes=processes, instruments=listening) as executor,
             interrupts.shut_down(executor),
         ):
-            report = await executor.run(job, items, key=key, timeout=timeout, max_errors=max_errors)
+            report = await executor.run(
+                job, items, key=key, timeout=timeout, max_errors=max_errors, fail_fast=fail_fast, budget=budget,
+                journal=journal,
+            )  # fmt: skip
             await executor.shutdown()  # while signals are heard: jobs may have left jobs behind
             return report
 

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from penstock.context import Host
+from penstock.errors import SkipItem
 from penstock.executor.slots import Holder
 from penstock.outcome import Outcome, classify
 
@@ -54,6 +55,11 @@ class ActiveJob(Holder):
         if parent is not None:
             self.parent = parent
             self.depth = parent.depth + 1
+            root = parent.root or parent
+            if receiver is None:
+                self.root = root
+            elif root.account is not None:
+                self.reader = root
 
     def succeeded(self, value: Any, ended: float) -> Outcome[Any]:
         """The outcome with a value."""
@@ -61,9 +67,10 @@ class ActiveJob(Holder):
         return Outcome(self.key, self.input, value, None, None, self.attempts, self.waited, ended - started)
 
     def failed(self, error: BaseException, ended: float) -> Outcome[Any]:
-        """The outcome with an error."""
+        """The outcome with an error; no kind of failure where the job said that its item needs no work."""
         started = ended if self.started is None else self.started
-        return Outcome(self.key, self.input, None, error, classify(error), self.attempts, self.waited, ended - started)
+        kind = None if isinstance(error, SkipItem) else classify(error)
+        return Outcome(self.key, self.input, None, error, kind, self.attempts, self.waited, ended - started)
 
     def forget(self) -> None:
         """Let go of the user's data: children may keep this record longer than anyone needs them."""

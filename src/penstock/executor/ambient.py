@@ -1,9 +1,12 @@
-"""The executor's calls for code that runs inside a job and is not handed the executor."""
+"""The calls for code that runs inside a job and is not handed the executor: the executor's own, and `spend`."""
 
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ParamSpec, TypeVar, overload
 
-from penstock.context import host_of_current_job
+from penstock.context import current_job, host_of_current_job
+from penstock.errors import UsageError
+from penstock.executor.ledger import RESERVED_UNITS
+from penstock.gate.rate import is_amount
 from penstock.outcome import Outcome
 from penstock.threads.portal import refuse_on_a_loop
 
@@ -79,3 +82,30 @@ def from_thread(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """
     refuse_on_a_loop(fn)
     return host_of_current_job("from_thread").from_thread(fn, *args, **kwargs)
+
+
+def spend(**units: float) -> None:
+    """Inside a job: say what it has spent, in any units: `penstock.spend(usd=0.002, tokens=812)`.
+
+    It is added to what the item has cost, whichever job works for that item, and to the sums of the run: the report
+    shows them, and a `Budget` that names the unit stops the run when it is reached. Nothing is undone when the job
+    fails. Does not block; any thread that works for the job, but not another process.
+
+    Raises:
+        UsageError: outside a job; no unit, one that is measured anyhow, or an amount that is no finite number of at
+            least 0.
+    """
+    job = current_job()
+    if job is None:
+        raise UsageError(
+            "penstock.spend was called outside a job, so nobody would pay. Call it in the job, or in a thread that "
+            "works for one; from to_process, return the amounts and spend them in the job."
+        )
+    if not units:
+        raise UsageError("penstock.spend() found nothing to spend. Write penstock.spend(usd=0.002, tokens=812).")
+    for unit, amount in units.items():
+        if unit in RESERVED_UNITS:
+            raise UsageError(f"penstock.spend({unit}={amount!r:.100}): {unit} is measured, so choose another name.")
+        if not is_amount(amount):
+            raise UsageError(f"penstock.spend({unit}={amount!r:.100}): expected a finite number of at least 0.")
+    job.spend(units)

@@ -10,6 +10,7 @@ Everything belongs to the thread of the event loop on which it was opened.
 
 import asyncio
 import math
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
@@ -24,6 +25,7 @@ from penstock.executor.definition import Job
 from penstock.executor.feed import Feed
 from penstock.executor.job_limit import LEAST
 from penstock.executor.lanes import Lanes
+from penstock.executor.ledger import Budget, Rules, check_rules
 from penstock.executor.resources import Resources
 from penstock.executor.running import PATIENCE, RunningJobs
 from penstock.executor.slots import Holder
@@ -31,6 +33,7 @@ from penstock.executor.sources import Items, check_items, side_by_side
 from penstock.executor.statistics import ExecutorStatistics
 from penstock.executor.stream import Stream
 from penstock.gate.retry import check_timeout
+from penstock.journal.options import Journal, as_journal
 from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED, Report, Tally
 from penstock.threads.batch import Batch
@@ -40,6 +43,9 @@ from penstock.threads.portal import Portal, refuse_on_a_loop
 T = TypeVar("T")
 P = ParamSpec("P")
 I = TypeVar("I")  # noqa: E741  # the item
+
+FAIL_FAST = 50
+"""First jobs of a run that may all fail. Arbitrary, because: more than a bad start of good data, and soon found out."""
 
 
 class Executor:
@@ -185,7 +191,7 @@ class Executor:
         spread = len(iterables) > 1
         source = side_by_side(*iterables) if spread else iterables[0]
         start = self._feed(
-            "map", fn, source, key=None, buffersize=buffersize, timeout=timeout, max_errors=None, ordered=True,
+            "map", fn, source, Feed, key=None, buffersize=buffersize, timeout=timeout, rules=Rules(), ordered=True,
             spread=spread,
         )  # fmt: skip
         return Stream(start, Outcome.unwrap)
@@ -201,6 +207,8 @@ class Executor:
         buffersize: int | None = None,
         timeout: float | None = None,
         max_errors: float | None = None,
+        budget: Budget | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
     ) -> Stream[Outcome[T]]: ...
 
     @overload
@@ -214,6 +222,8 @@ class Executor:
         buffersize: int | None = None,
         timeout: float | None = None,
         max_errors: float | None = None,
+        budget: Budget | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
     ) -> Stream[Outcome[T]]: ...
 
     def as_completed(
@@ -226,6 +236,8 @@ class Executor:
         buffersize: int | None = None,
         timeout: float | None = None,
         max_errors: float | None = None,
+        budget: Budget | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
     ) -> Stream[Outcome[Any]]:
         """`fn` of every item, as `Outcome`s in the order in which they finish; never raises a job's error.
 
@@ -235,42 +247,78 @@ class Executor:
             max_errors: an int: how many jobs may fail; a float: which share of the finished ones may, judged from the
                 100th on. When more fail, no more items are taken, what is in flight is finished and delivered, and
                 `TooManyErrors` is raised.
+            budget: time, requests and anything that jobs `penstock.spend`. When a limit is reached, the same is done,
+                and `BudgetReached` raised.
+            journal: a path, or a `Journal` with options: outcomes are recorded there, and delivered after that. What
+                an earlier run has recorded is not run again, and delivered with `replayed=True`. Needs `key`.
 
         Raises:
             UsageError, ClosedError, WrongThread, WrongLoop: as `map`.
         """
+        rules = Rules(max_errors=max_errors, budget=budget)
+        return self._outcomes("as_completed", fn, items, key, buffersize, timeout, rules, journal)
+
+    def _outcomes(
+        self, call: str, fn: Callable[..., Any], items: Items[Any], key: Callable[[Any], Any] | None,
+        buffersize: int | None, timeout: float | None, rules: Rules,
+        journal: str | os.PathLike[str] | Journal | None, *, values: bool = True,
+    ) -> Stream[Outcome[Any]]:  # fmt: skip
+        """A stream of outcomes. Without `values`, recorded ones come without what nobody looks at."""
         check_items(items)
+        check_rules(*rules)
         if key is not None and not callable(key):
             raise UsageError(f"key={key!r}: expected a function of the item, such as operator.itemgetter('id').")
-        _check_max_errors(max_errors)
+        if journal is None:
+            make: Callable[..., Feed] = Feed
+        else:
+            if key is None:
+                raise UsageError(
+                    f"executor.{call}(journal=...) found no key=. A journal knows an item by what you call it, never "
+                    f"by its place: write key=operator.itemgetter('id'), or any function that returns text, a number "
+                    f"or bytes."
+                )
+            from penstock.executor.recorded_feed import RecordedFeed, Replay  # SQLite is not for everybody to import
+
+            options = as_journal(journal)
+            replay = Replay.NONE if not options.replay and values else Replay.WHOLE if values else Replay.BARE
+            make = partial(RecordedFeed, journal=options, job_name=name_of(fn), replay=replay)
         start = self._feed(
-            "as_completed", fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors,
-            ordered=False, spread=False,
+            call, fn, items, make, key=key, buffersize=buffersize, timeout=timeout, rules=rules, ordered=False,
+            spread=False,
         )  # fmt: skip
         return Stream(start, None)
 
     async def run(
         self, job: Job[Any] | Callable[[I], Any], items: Items[I], /, *, key: Callable[[I], Any] | None = None,
         buffersize: int | None = None, timeout: float | None = None, max_errors: float | None = None,
+        fail_fast: int | None = FAIL_FAST, budget: Budget | None = None,
+        journal: str | os.PathLike[str] | Journal | None = None,
     ) -> Report:  # fmt: skip
         """Run a job over all items and report what became of them; values are dropped.
 
         Args:
             job: a function of the item, or a `@penstock.job`, whose resources are open while the run lasts.
-            items, key, buffersize, timeout, max_errors: as for `as_completed`. `max_errors` and a shutdown end the run
-                early; the report says so (`stopped`). A shutdown that cancels also cancels an opening, and 5 s later
-                a closing, which the log names.
+            items, key, buffersize, timeout, max_errors, budget: as for `as_completed`. `max_errors`, `budget` and a
+                shutdown end the run early; the report says so (`stopped`). A shutdown that cancels also cancels an
+                opening, and 5 s later a closing, which the log names.
+            fail_fast: so many first jobs that all fail end the run early, too: a wrong URL or key is not tried on a
+                million records. None goes on.
+            journal: a path, or a `Journal` with options: outcomes are recorded there, and what an earlier run has
+                recorded is counted and not run again. Needs `key`.
 
         Raises:
             UsageError, ClosedError, WrongThread, WrongLoop: as `as_completed`.
+            JournalError: the journal cannot be used, or no longer. What was recorded until then is.
             Exception: what the source raised, or the job's opening or closing.
         """
         self._check_open("run")
+        rules = Rules(max_errors=max_errors, fail_fast=fail_fast, budget=budget)
+        if journal is not None:
+            journal = as_journal(journal)
 
         async def tally(fn: Callable[[I], Any]) -> Report:
-            return await _tally(
-                self.as_completed(fn, items, key=key, buffersize=buffersize, timeout=timeout, max_errors=max_errors)
-            )
+            stream = self._outcomes("run", fn, items, key, buffersize, timeout, rules, journal, values=False)
+            return await _tally(stream, None if journal is None else journal.file)
 
         if not isinstance(job, Job):
             return await tally(job)
@@ -503,7 +551,7 @@ class Executor:
         waits = [asyncio.ensure_future(feed.over.wait()) for feed in self._feeds]
         try:
             if waits:
-                await asyncio.wait(waits, timeout=PATIENCE)
+                await asyncio.wait(waits, timeout=max(feed.patience for feed in self._feeds))
         finally:
             for wait in waits:
                 wait.cancel()
@@ -517,8 +565,9 @@ class Executor:
             self._lanes.close()
 
     def _feed(
-        self, call: str, fn: Callable[..., Any], source: Items[Any], *, key: Callable[[Any], Any] | None,
-        buffersize: int | None, timeout: float | None, max_errors: float | None, ordered: bool, spread: bool,
+        self, call: str, fn: Callable[..., Any], source: Items[Any], make: Callable[..., Feed], *,
+        key: Callable[[Any], Any] | None, buffersize: int | None, timeout: float | None, rules: Rules, ordered: bool,
+        spread: bool,
     ) -> Callable[[], Feed]:  # fmt: skip
         self._ready_for(call, fn)
         window = _at_least_one("buffersize", buffersize)
@@ -528,9 +577,9 @@ class Executor:
             jobs = self._ready_for(call, fn)
             lender = self._lender()
             new_job = partial(ActiveJob, self, lender, name_of(fn), self._as_async(fn))
-            feed = Feed(
+            feed = make(
                 jobs, source, new_job, timeout=timeout, spread=spread, key=key, window=window, ordered=ordered,
-                max_errors=max_errors, nested=lender is not None, on_over=self._feeds.discard,
+                rules=rules, nested=lender is not None, on_over=self._feeds.discard,
             )  # fmt: skip
             self._feeds.add(feed)
             return feed
@@ -583,15 +632,17 @@ class Executor:
         )
 
 
-async def _tally(stream: Stream[Outcome[Any]]) -> Report:
+async def _tally(stream: Stream[Outcome[Any]], journal: str | None) -> Report:
     tally = Tally()
     started = asyncio.get_running_loop().time()
-    stopped: str | None = None
+    stopped = why = None
 
     def report() -> Report:
         counts = stream.statistics()
-        elapsed = asyncio.get_running_loop().time() - started
-        return tally.report(read=counts.read, left=counts.left, stopped=stopped, elapsed=elapsed)
+        return tally.report(
+            read=counts.read, left=counts.left, skipped=counts.skipped, stopped=stopped, why=why, spent=stream.spent,
+            journal=journal, elapsed=asyncio.get_running_loop().time() - started,
+        )  # fmt: skip
 
     async with stream:
         try:
@@ -599,9 +650,10 @@ async def _tally(stream: Stream[Outcome[Any]]) -> Report:
                 tally.add(outcome)
         except Exception as error:
             stopped = stream.verdict
-            if stopped is None:  # the source's own error: the account goes with it
-                error.add_note(f"the source of the items raised it; until then: {report()}")
+            if stopped is None:  # the source's own error, or the journal's: the account goes with it
+                error.add_note(f"it ended the run; until then: {report()}")
                 raise
+            why = None if stopped == INTERRUPTED else str(error)
         return report()
 
 
@@ -632,17 +684,6 @@ def check_seconds(name: str, value: object) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if value is not None and not (number and 0 <= value < math.inf):  # type: ignore[operator]
         raise UsageError(f"{name}={value!r}: expected seconds of at least 0, or None for no deadline.")
-
-
-def _check_max_errors(max_errors: float | None) -> None:
-    if max_errors is None:
-        return
-    share = isinstance(max_errors, float)
-    number = isinstance(max_errors, int | float) and not isinstance(max_errors, bool)
-    if not number or not max_errors >= 0 or (share and max_errors >= 1):
-        raise UsageError(
-            f"max_errors={max_errors!r}: expected a count (int) of at least 0, or a share (float) from 0 to below 1."
-        )
 
 
 def _at_least_one(name: str, value: int | None) -> int | None:

@@ -17,37 +17,30 @@ delivered first. Loop thread only.
 """
 
 import asyncio
-import logging
-import reprlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 from penstock.context import current_job
-from penstock.errors import ClosedError, TooManyErrors, UsageError
+from penstock.errors import BudgetReached, ClosedError, UsageError
 from penstock.executor.active import ActiveJob
+from penstock.executor.ledger import Ledger, Rules, Stop
 from penstock.executor.running import PATIENCE, RunningJobs
+from penstock.executor.sources import BLOCKS, LONGEST_TURN, key_raised, sources, warn_that_it_blocks
 from penstock.outcome import Outcome, contained
-from penstock.report import INTERRUPTED, TOO_MANY_ERRORS
-
-sources = logging.getLogger("penstock.sources")
+from penstock.report import INTERRUPTED
 
 ITEMS_FOR_EACH_SLOT = 2
 """The window, unless it is given. Arbitrary, because: as many outcomes may wait behind a slow one as jobs run."""
-LONGEST_TURN = 0.005
-"""Seconds of pulling after which the loop gets a turn. CPython's own switch interval between threads."""
-BLOCKS = 0.1
-"""Seconds for one item that are worth a warning. As asyncio's debug mode (`loop.slow_callback_duration`)."""
-
-MINIMUM_SAMPLE = 100
-"""Finished jobs before a share is judged. Arbitrary, because: resilience4j and Polly judge from 100 calls on too."""
-
 _END: Any = object()
 
 
 class Feed:
     """The jobs of one stream."""
+
+    patience = PATIENCE
+    """Seconds that its end may take once everything is cancelled."""
 
     def __init__(
         self,
@@ -60,7 +53,7 @@ class Feed:
         key: Callable[[Any], Any] | None,
         window: int | None,
         ordered: bool,
-        max_errors: float | None,
+        rules: Rules,
         nested: bool,
         on_over: Callable[["Feed"], None],
     ) -> None:
@@ -72,8 +65,13 @@ class Feed:
         self.failed = 0
         self.in_flight = 0
         self.ready: deque[Outcome[Any]] = deque()
+        self.skipped = 0
+        """Items that were left out, because their key had come before."""
+        self.replayed = 0
+        """Items that an earlier run had finished."""
+        self.ledger = Ledger(**rules._asdict(), on_stop=self.stop_by)
         self.stopped: BaseException | None = None
-        """Why the source was not read to its end: its own error, too many errors, or that we were told to stop."""
+        """Why the source was not read to its end: its own error, a rule of the run, or that we were told to stop."""
         self.verdict: str | None = None
         """The same as a report says it; None for an error of the source's own."""
         self.over = asyncio.Event()
@@ -85,7 +83,6 @@ class Feed:
         self._key = key
         self._follows = window is None
         self._window = ITEMS_FOR_EACH_SLOT * running.slots.limit if window is None else window
-        self._max_errors = max_errors
         self._in_order: deque[ActiveJob] | None = deque() if ordered else None
         self._on_over = on_over
         self._warned = False
@@ -95,6 +92,7 @@ class Feed:
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
+        self.ledger.begin(self._loop)
         # The puller alone holds the source: a generator that nobody else holds is closed when the pull ends.
         # Not made by the loop's task factory: an eager one would run it before this object is complete.
         self._puller: asyncio.Task[None] | None = asyncio.Task(
@@ -145,7 +143,7 @@ class Feed:
     def cancel(self) -> None:
         """Take no more items and cancel what is in flight."""
         self.stop(ClosedError("the stream was closed before its source was read to its end"))
-        if self.in_flight:
+        if self.running:
             self._end_early(ClosedError("the stream was closed before all of its jobs had ended"), INTERRUPTED)
         self._running.cancel(self._is_mine)
 
@@ -163,7 +161,7 @@ class Feed:
         if self.over.is_set():
             return
         self.cancel()
-        deadline = self._loop.time() + PATIENCE
+        deadline = self._loop.time() + self.patience
         if not await self._running.wait(PATIENCE, self._is_mine):
             self._running.complain(self._is_mine)
             self.give_up()
@@ -173,6 +171,11 @@ class Feed:
         with suppress(TimeoutError):  # a source that does not let go of its puller
             async with asyncio.timeout_at(deadline):
                 await self.over.wait()
+
+    @property
+    def running(self) -> int:
+        """Jobs that have begun and not ended."""
+        return self.in_flight
 
     def give_up(self) -> None:
         """Be over without the jobs that do not end: their items are `left`."""
@@ -186,10 +189,7 @@ class Feed:
 
     async def _pull(self, source: Iterable[Any] | AsyncIterable[Any]) -> None:
         try:
-            if isinstance(source, AsyncIterable):
-                await self._pull_async(source)
-            else:
-                await self._pull_sync(iter(source))
+            await self._pull_items(source)
         except BaseException as error:
             ours = isinstance(error, asyncio.CancelledError) and _is_cancelled()
             if ours or isinstance(error, KeyboardInterrupt | GeneratorExit):
@@ -201,6 +201,12 @@ class Feed:
                 raise harmless from harmless.__cause__
             finally:
                 del harmless  # its traceback holds this frame: a cycle
+
+    async def _pull_items(self, source: Iterable[Any] | AsyncIterable[Any]) -> None:
+        if isinstance(source, AsyncIterable):
+            await self._pull_async(source)
+        else:
+            await self._pull_sync(iter(source))
 
     async def _pull_sync(self, iterator: Iterator[Any]) -> None:
         slots = self._running.slots
@@ -233,11 +239,7 @@ class Feed:
     def _warn_if_blocked(self, duration: float) -> None:
         if duration > BLOCKS and not self._warned:
             self._warned = True
-            sources.warning(
-                "the source of a stream took %.2f s for an item, during which nothing else could run. "
-                "Wrap it: penstock.pull_in_thread(items).",
-                duration,
-            )
+            warn_that_it_blocks(duration)
 
     async def _pull_async(self, source: AsyncIterable[Any]) -> None:
         iterator = aiter(source)
@@ -285,7 +287,11 @@ class Feed:
         job.input = item
         job.number = self.read
         job.args = item if self._spread else (item,)
-        refusal = None if self._key is None else self._set_key(job, self._key)
+        self._begin(job, None if self._key is None else self._set_key(job, self._key))
+
+    def _begin(self, job: ActiveJob, refusal: UsageError | None) -> None:
+        """Run a job that has its slot, its item and its key; or end it, if there is none."""
+        job.account = self.ledger
         self._undelivered += 1
         self.in_flight += 1
         if self._in_order is not None:
@@ -300,37 +306,60 @@ class Feed:
         try:
             job.key = key(job.input)
         except (Exception, SystemExit, asyncio.CancelledError) as error:  # noqa: BLE001  # the outcome of the item
-            refusal = UsageError(
-                f"key= raised {reprlib.repr(error)} for item {reprlib.repr(job.input)}. It must return the key of "
-                f"every item; this item was not given to the job."
-            )
-            refusal.__cause__ = error
-            return refusal
+            return key_raised(job.input, error)
         return None
 
     def job_ended(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         """Take the outcome of a job of this feed; None if it was cancelled from outside."""
         if self._gave_up:
             return
-        self.in_flight -= 1
         if outcome is None:
-            self.left += 1
-            if not job.cancelled:
-                why = ClosedError(f"{job!r} was cancelled by something else than its job, stream or executor")
-                self._end_early(why, INTERRUPTED)
+            self._leave(job)
         else:
-            self.finished += 1
-            if outcome.kind is not None:
-                self.failed += 1
-                self._judge()
+            self._judge(outcome)
+        self._settle(job, outcome)
+
+    def _leave(self, job: ActiveJob) -> None:
+        """Its job was cancelled from outside."""
+        self.left += 1
+        if not job.cancelled:
+            why = ClosedError(f"{job!r} was cancelled by something else than its job, stream or executor")
+            self._end_early(why, INTERRUPTED)
+
+    def _judge(self, outcome: Outcome[Any]) -> None:
+        stop = self.ledger.count(outcome)
+        if stop is not None:
+            self.stop_by(stop)
+
+    def stop_by(self, stop: Stop) -> None:
+        """Take no more items, since a rule of the run says so; what is in flight goes on.
+
+        A budget that the last jobs have used up stops nothing.
+        """
+        if self._puller is not None or not isinstance(stop.error, BudgetReached):
+            self._end_early(stop.error, stop.verdict)
+
+    def _settle(self, job: ActiveJob, outcome: Outcome[Any] | None) -> None:
+        """The item has its state, or was left."""
+        self.in_flight -= 1
+        if outcome is not None:
+            self._count(outcome)
         if self._closed:
             pass  # nobody reads it
         elif self._in_order is not None:
             self._deliver_in_order(self._in_order, job, outcome)
         else:
             self._deliver(outcome)
+        self._look_whether_over()
+
+    def _look_whether_over(self) -> None:
         if not self.in_flight and self._puller is None:
             self._end()
+
+    def _count(self, outcome: Outcome[Any]) -> None:
+        self.finished += 1
+        if outcome.kind is not None:
+            self.failed += 1
 
     def _deliver_in_order(self, waiting: deque[ActiveJob], job: ActiveJob, outcome: Outcome[Any] | None) -> None:
         job.settled = True
@@ -345,18 +374,6 @@ class Feed:
             self.ready.append(outcome)
             if self._reader is not None:
                 _wake(self._reader)
-
-    def _judge(self) -> None:
-        allowed = self._max_errors
-        if allowed is None:
-            return
-        if isinstance(allowed, float):
-            if self.finished < MINIMUM_SAMPLE:
-                return
-            allowed *= self.finished
-        if self.failed > allowed:
-            assert self._max_errors is not None
-            self._end_early(TooManyErrors(self.failed, self.finished, self._max_errors), TOO_MANY_ERRORS)
 
     def _end_early(self, why: BaseException, verdict: str | None) -> None:
         if self.stopped is None:
@@ -376,10 +393,11 @@ class Feed:
                 self._end_early(error, None)
             else:
                 sources.error("the source of a stream failed as it was left", exc_info=error)
-        if not self.in_flight:
-            self._end()
+        self._look_whether_over()
 
     def _end(self) -> None:
+        """Nothing of this feed runs any more."""
+        self.ledger.end()
         self.over.set()
         self._on_over(self)
         if self._reader is not None:

@@ -318,11 +318,17 @@ class RunningJobs:
             return
         if outcome.kind is None:
             self.done += 1
-            self.ran.record(outcome.ran)
+            if outcome.error is None:
+                self.ran.record(outcome.ran)
         else:
             self.failed[outcome.kind] = self.failed.get(outcome.kind, 0) + 1
             if job.logged:
                 self._log.write(job, outcome)
+        if self._instruments:
+            self._tell(JobEnded(outcome))
+
+    def tell_of_replayed(self, outcome: Outcome[Any]) -> None:
+        """An earlier run has ended this job: who counts the whole run is told, too."""
         if self._instruments:
             self._tell(JobEnded(outcome))
 

@@ -1,5 +1,7 @@
 """What items may be: any iterable or async iterable, several of them side by side."""
 
+import logging
+import reprlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -7,6 +9,13 @@ from penstock.errors import UsageError
 
 I = TypeVar("I")  # noqa: E741  # the item
 Items: TypeAlias = Iterable[I] | AsyncIterable[I]
+
+sources = logging.getLogger("penstock.sources")
+
+LONGEST_TURN = 0.005
+"""Seconds of pulling after which the loop gets a turn. CPython's own switch interval between threads."""
+BLOCKS = 0.1
+"""Seconds for one item that are worth a warning. As asyncio's debug mode (`loop.slow_callback_duration`)."""
 
 
 def check_items(items: object) -> None:
@@ -19,6 +28,25 @@ def check_items(items: object) -> None:
         raise UsageError(
             f"found {items!r:.100} as items, expected an iterable or an async iterable: a list, a generator, a file."
         )
+
+
+def warn_that_it_blocks(duration: float) -> None:
+    """Say that a source took so long for an item on the loop thread."""
+    sources.warning(
+        "the source of a stream took %.2f s for an item, during which nothing else could run. "
+        "Wrap it: penstock.pull_in_thread(items).",
+        duration,
+    )
+
+
+def key_raised(item: object, error: BaseException) -> UsageError:
+    """Why an item cannot be given to its job: nobody can say what it is known by."""
+    refusal = UsageError(
+        f"key= raised {reprlib.repr(error)} for item {reprlib.repr(item)}. It must return the key of "
+        f"every item; this item was not given to the job."
+    )
+    refusal.__cause__ = error
+    return refusal
 
 
 def side_by_side(*iterables: Items[Any]) -> Items[tuple[Any, ...]]:

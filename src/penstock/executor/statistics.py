@@ -32,16 +32,21 @@ class ExecutorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
-    """A stream as it was at the time of asking: read = finished + in flight + left."""
+    """A stream as it was at the time of asking: read = finished + in flight + left + skipped."""
 
     read: int
     """Items taken from the source."""
     finished: int
-    """Jobs that have ended with an outcome, delivered or not."""
+    """Items that have an outcome, delivered or not; with a journal, a recorded one."""
     failed: int
     """Those of them that failed."""
     in_flight: int
+    """Items whose job runs, or whose outcome waits for its commit."""
     ready: int
     """Outcomes that wait for the reader."""
     left: int
     """Items whose job was cancelled from outside or never started."""
+    skipped: int = 0
+    """Items that were left out, because their key had come before (`Journal(duplicates="skip")`)."""
+    replayed: int = 0
+    """Those finished that an earlier run had finished."""

@@ -40,6 +40,8 @@ class Stream(Generic[T]):
 
     Raises, where it is read:
         TooManyErrors: more jobs failed than `max_errors` allows; what was finished has been delivered.
+        BudgetReached: what the `budget` allows has been used; the same.
+        JournalError: the journal cannot be used, or no longer; what was recorded has been delivered.
         ClosedError: the stream was closed, or its executor was shut down before the source was read to its end.
         Exception: what the source raised, after the results of the items before it; for `map` also the first error
             of a job, in input order, which closes the stream.
@@ -109,12 +111,20 @@ class Stream(Generic[T]):
         """Why the stream took no more items, as a report says it; None at the end of the source, or for its error."""
         return None if self._feed is None else self._feed.verdict
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the jobs of this stream have spent so far, by unit."""
+        return {} if self._feed is None else self._feed.ledger.spent
+
     def statistics(self) -> StreamStatistics:
         """How far it is."""
         feed = self._feed
         if feed is None:
             return StreamStatistics(0, 0, 0, 0, 0, 0)
-        return StreamStatistics(feed.read, feed.finished, feed.failed, feed.in_flight, len(feed.ready), feed.left)
+        return StreamStatistics(
+            feed.read, feed.finished, feed.failed, feed.in_flight, len(feed.ready), feed.left, feed.skipped,
+            feed.replayed,
+        )  # fmt: skip
 
     def __del__(self) -> None:
         if self._closed:

@@ -17,7 +17,7 @@ from tenacity.retry import retry_if_not_result, retry_if_result
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base, wait_fixed
 
-from penstock.errors import UsageError, status_of
+from penstock.errors import SkipItem, UsageError, status_of
 from penstock.outcome import FailureKind, classify
 
 Kind: TypeAlias = FailureKind | Literal["throttled", "transient", "permanent", "bug"]
@@ -179,6 +179,8 @@ class RetryPolicy:
 
     def decide(self, error: Exception, number: int, asked: float, now: float) -> float | str:
         """Seconds to wait after attempt `number`, which failed with `error`; or why no other attempt follows."""
+        if isinstance(error, SkipItem):
+            return "the item needs no work"
         state = _call_state(error, number, asked, now)
         if not self._wants(state):
             return f"{classify(error)} errors are not retried here"

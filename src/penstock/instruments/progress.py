@@ -40,7 +40,7 @@ class ProgressLine:
 
     def notify(self, event: JobEnded, /) -> None:
         """Count a job's end, and write if it is time to."""
-        if event.outcome.ok:
+        if event.outcome.kind is None:
             self._done += 1
         else:
             self._failed += 1

@@ -1,0 +1,334 @@
+"""The command line: what is in a journal, and what is to be done with it.
+
+    penstock status run.db      what it is, how far it is, why items are dead
+    penstock report run.db      a line for each item
+    penstock dead run.db        the items that failed, with all that is known of them
+    penstock export run.db      the results
+    penstock retry run.db       have dead items run again by the next run
+    penstock compact run.db     give disk space back
+
+arguments -> command -> journal -> lines to a file or standard output. Nothing is collected: output of any length
+streams. The first four only read, and may be used while a run writes.
+
+Exit status: 0; 1 for wrong use and for everything that is wrong with a file, as one line on standard error; 130 after
+Ctrl-C. A pipe that is closed (`| head`) is no error: what was asked for has been read.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from io import TextIOWrapper
+from operator import attrgetter
+from typing import Any, NoReturn, TextIO
+
+from penstock.errors import PenstockError, UsageError, first_line
+from penstock.journal.completion import write_completion
+from penstock.journal.dead import dead_letter
+from penstock.journal.lines import FORMATS, Lines
+from penstock.journal.options import JSON, Codec
+from penstock.journal.reading import Reading
+from penstock.journal.schema import State, lock_of, side_file_of
+from penstock.journal.upkeep import compact, retry
+
+DONE, WRONG, INTERRUPTED = 0, 1, 130
+"""Exit statuses. The last one is the shell's for a program that SIGINT ended."""
+
+DEAD_COLUMNS = (
+    "key", "key_base64", "state", "kind", "error", "status", "message", "attempts", "recorded", "input",
+    "input_base64", "shown_input", "answer", "answer_base64",
+)  # fmt: skip
+EXPORT_COLUMNS = ("key", "key_base64", "value", "value_base64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command, and return its exit status.
+
+    Args:
+        argv: its arguments; None are those of the process.
+
+    Raises:
+        SystemExit: after `--help`, as argparse does it.
+    """
+    try:
+        if isinstance(sys.stdout, TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8", newline="")  # whatever the locale says: this is data
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments)
+        sys.stdout.flush()
+        status = DONE
+    except BrokenPipeError:
+        status = DONE
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except (PenstockError, OSError) as error:
+        sys.stderr.write(f"penstock: error: {' '.join(str(error).splitlines())}\n")
+        status = WRONG
+    _let_go_of_output()
+    return status
+
+
+# --- commands ---
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    with Reading(arguments.journal) as reading:
+        for name, told in _status_lines(reading):
+            sys.stdout.write(f"{name:<10}{told}\n")
+
+
+def _status_lines(reading: Reading) -> Iterator[tuple[str, str]]:
+    fingerprint = reading.fingerprint()
+    yield "journal", f"{reading.path}, made by penstock {reading.meta().get('penstock version', '?')}"
+    yield "job", str(fingerprint.get("job", "none has begun"))
+    yield from ((name, str(fingerprint[name])) for name in ("version",) if fingerprint.get(name))
+    yield from ((name, json.dumps(fingerprint[name])) for name in ("params",) if fingerprint.get(name))
+    for state, count in reading.counts().items():
+        if count or state in (State.DONE, State.DEAD):
+            yield _name_of(state), f"{count:,}"
+    spent = reading.spent()
+    if spent:
+        yield "spent", ", ".join(f"{amount:,.12g} {unit}" for unit, amount in spent.items())
+    yield from _run_lines(reading)
+    for place, cause in enumerate(reading.causes()):
+        kind = f"{cause.kind}: " if cause.kind else ""
+        told = f"{cause.count:,} x {kind}{cause.error} (first: {cause.example_key!r:.80})"
+        yield "" if place else "causes", told
+
+
+def _run_lines(reading: Reading) -> Iterator[tuple[str, str]]:
+    runs = reading.runs()
+    yield "runs", f"{len(runs):,}"
+    if not runs:
+        return
+    last, where = runs[-1], f"on {runs[-1].host}, process {runs[-1].pid}"
+    if last.ended is not None:
+        how = "came to the end of its items" if last.stopped is None else f"stopped: {last.stopped}"
+        told = f"began {last.started}, ended {last.ended}, {how}"
+    elif reading.going_on() == last:
+        told = f"began {last.started}, goes on {where}"
+    else:
+        told = f"began {last.started}, its process died {where}; start it again, and it goes on from here"
+    yield "last run", told
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    with _output(arguments) as file:
+        write_completion(arguments.journal, file, arguments.format)
+
+
+def _dead(arguments: argparse.Namespace) -> None:
+    codec = _Values(arguments.codec)
+    with Reading(arguments.journal) as reading, _output(arguments) as file:
+        lines = Lines(file, arguments.format, DEAD_COLUMNS, anything=("input",))
+        for row in reading.rows(State.DEAD, State.UNKNOWN):
+            letter = dead_letter(reading, row._replace(input=None))
+            lines.write(
+                {
+                    "key": letter.key,
+                    "state": letter.state,
+                    "kind": letter.kind,
+                    "error": letter.error,
+                    "status": letter.status,
+                    "message": letter.message,
+                    "attempts": letter.attempts,
+                    "recorded": reading.recorded(row),
+                    "input": codec.shown(row.input),
+                    "shown_input": letter.shown_input,
+                    "answer": _text_if_it_is(letter.answer) if letter.answer else None,
+                }
+            )
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    codec = _Values(arguments.codec)
+    with Reading(arguments.journal, skip_damaged=arguments.skip_damaged) as reading, _output(arguments) as file:
+        lines = Lines(file, arguments.format, EXPORT_COLUMNS, anything=("value",))
+        for row, data in reading.results():
+            lines.write({"key": row.key, "value": codec.shown(data)})
+    if reading.damaged:
+        sys.stderr.write(f"penstock: {reading.damaged:,} damaged items were left out\n")
+
+
+def _retry(arguments: argparse.Namespace) -> None:
+    number = retry(arguments.journal, arguments.where, unknown=arguments.unknown)
+    sys.stdout.write(f"{number:,} items will be run again by the next run on {arguments.journal}\n")
+
+
+def _compact(arguments: argparse.Namespace) -> None:
+    before, after = compact(arguments.journal)
+    sys.stdout.write(f"{arguments.journal}: {before:,} bytes before, {after:,} bytes after\n")
+
+
+# --- values ---
+
+
+class _Values:
+    """Recorded values as JSON shows them.
+
+    Args:
+        name: of the codec, as `module` or `module:name`; None is JSON.
+
+    Raises:
+        UsageError: there is no such codec.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        self._told = name
+        self._codec = JSON if name is None else _codec(name)
+
+    def shown(self, data: str | bytes | None) -> Any:
+        """The value; or what is recorded, as bytes, where it is none that JSON can write.
+
+        Raises:
+            UsageError: the codec that was asked for cannot read it.
+        """
+        if data is None:
+            return None
+        stored = data.encode() if isinstance(data, str) else data
+        try:
+            value = self._codec.loads(data)
+        except Exception as error:
+            if self._told is None:
+                return stored
+            raise UsageError(
+                f"--codec {self._told} cannot read what is recorded ({first_line(error)}). Give the codec that the "
+                f"run was given; without --codec, values that are no JSON are written as base64."
+            ) from error
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError, RecursionError):
+            return stored
+        return value
+
+
+def _codec(told: str) -> Codec:
+    module, _, name = told.partition(":")
+    # As `python -m` does, which the command of an installed package does not: the codec is the user's.
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = import_module(module)
+        codec: Codec = attrgetter(name)(found) if name else found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--codec {told}: {first_line(error)}. Expected module or module:name.") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(getattr(codec, "loads", None)):
+        raise UsageError(f"--codec {told}: has no loads(). Expected a codec, such as pickle or orjson.")
+    return codec
+
+
+def _text_if_it_is(data: bytes) -> str | bytes:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _name_of(state: State) -> str:
+    return state.name.lower()
+
+
+# --- output ---
+
+
+@contextmanager
+def _output(arguments: argparse.Namespace) -> Iterator[TextIO]:
+    """Standard output; or a file, which gets its name once it is complete.
+
+    Raises:
+        UsageError: the file is the journal's own.
+    """
+    if arguments.output is None:
+        yield sys.stdout
+        return
+    name = os.path.realpath(arguments.output)
+    journal = os.path.realpath(arguments.journal)
+    if name in (journal, f"{journal}-wal", f"{journal}-shm", lock_of(journal), side_file_of(journal)):
+        raise UsageError(f"--output {arguments.output}: belongs to the journal. Choose another name.")
+    if os.path.exists(name) and not os.path.isfile(name):  # /dev/null, a pipe: nothing that could be replaced
+        with open(name, "w", encoding="utf-8", newline="") as file:
+            yield file
+        return
+    draft = f"{name}.{os.getpid()}.part"
+    try:
+        with open(draft, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, name)
+    except BaseException:
+        with suppress(OSError):
+            os.remove(draft)
+        raise
+
+
+def _let_go_of_output() -> None:
+    """What cannot be written any more goes nowhere: the interpreter would complain of it at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+# --- arguments ---
+
+
+class _Parser(argparse.ArgumentParser):
+    """As argparse, but that wrong use is one line, and status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. Try `{self.prog} --help`.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="penstock", description="Look into the journal of a run, or do something with it.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], None], summary: str, more: str) -> _Parser:
+        found = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {more}")
+        found.add_argument("journal", metavar="run.db", help="the journal")
+        found.set_defaults(command=command)
+        assert isinstance(found, _Parser), "made by one"
+        return found
+
+    add("status", _status, "show what it is, how far it is, and why items are dead", "May be used while a run writes.")
+    report = add(
+        "report", _report, "write a line for each item: its state, attempts, error, run and time", _HOW_WRITTEN
+    )
+    dead = add(
+        "dead", _dead, "write the items that failed, or of which nobody knows how they ended, with all that is known",
+        _HOW_WRITTEN,
+    )  # fmt: skip
+    export = add("export", _export, "write the results of the items that are done", _HOW_WRITTEN)
+    for found, default in ((report, "csv"), (dead, "jsonl"), (export, "jsonl")):
+        found.add_argument("--format", choices=FORMATS, default=default, help="(default: %(default)s)")
+        found.add_argument("--output", metavar="FILE", help="write there, instead of standard output; under a "
+                           "temporary name until it is complete")  # fmt: skip
+    for found in (dead, export):
+        found.add_argument("--codec", metavar="MODULE[:NAME]", help="what reads recorded values, such as pickle; as "
+                           "the run was given it (default: JSON). Reading a pickle can run any program: do so only "
+                           "with journals that you trust")  # fmt: skip
+    export.add_argument("--skip-damaged", action="store_true", help="leave out what is damaged, and say how much it is")
+    again = add(
+        "retry", _retry, "have dead items run again by the next run", "All of them, unless --where says which ones. "
+        "Refused while a run writes.",
+    )  # fmt: skip
+    again.add_argument("--where", metavar="WHICH", help='a kind ("transient"), a status ("HTTP 422"), or a part of the '
+                       'class and first line of the error ("ValueError")')  # fmt: skip
+    again.add_argument("--unknown", action="store_true", help="also those of which nobody knows how they ended")
+    add(
+        "compact", _compact, "give disk space back", "Refused while a run writes. Needs as much room as the journal "
+        "takes, for a while. May be killed at any time: nothing is lost.",
+    )  # fmt: skip
+    return parser
+
+
+_HOW_WRITTEN = (
+    "In JSON lines and CSV, bytes are base64 in a field of their own, such as key_base64; values that are no JSON are "
+    "given as they are recorded, as value_base64. In CSV, values are JSON. May be used while a run writes."
+)

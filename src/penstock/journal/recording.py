@@ -1,0 +1,393 @@
+"""The loop's side of a journal while a run writes it: what is known is asked for here, what has ended is put here.
+
+    put(outcome) -> batch -- 500 rows, or 200 ms after its first --> thread: one commit -> settled, all of it
+    step done    -> the same batch
+
+Guarantees: `settle` is told of each outcome that was put, after its commit, in the order of the puts; or never, and
+then `unrecorded` has it. What could not be written is written before what came after it. Memory: `has_room` says when
+enough waits for the disk; whoever admits items asks it.
+
+**Trouble** (a full disk, for example): `trouble` is told once. What cannot be written is held and tried again each
+second, and a last time at the close; what then has no place is `unrecorded`.
+
+Loop thread only. No task of the loop's is needed for a commit: nothing that cancels tasks can lose one.
+"""
+
+import asyncio
+import contextvars
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from json import dumps
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from penstock import clock
+from penstock.errors import JournalError, UsageError
+from penstock.journal.options import Journal
+from penstock.journal.record import Entry, done_columns, intent_of, read_value, row_of, write_value
+from penstock.journal.schema import Key, Row, StepRow
+from penstock.journal.seen import Seen
+from penstock.journal.store import Batch, Begun, Known, StepEntry, Store
+from penstock.outcome import FailureKind, Outcome
+from penstock.threads.lane import Lane
+from penstock.threads.workers import Workers
+
+if TYPE_CHECKING:
+    import concurrent.futures
+
+logger = logging.getLogger("penstock.journal")
+
+BATCH_ROWS = 500
+"""Rows that are committed together at most; what a commit costs is shared by them."""
+BATCH_TIME = 0.2
+"""Seconds after which what there is is committed. Arbitrary, because: five times a second is often enough not to be
+waited for, and seldom enough to cost nothing."""
+MOST_UNCOMMITTED = 20 * BATCH_ROWS
+"""Outcomes that may wait for the disk. Arbitrary, because: a disk that hangs for a second or so stops nobody."""
+MOST_UNCOMMITTED_BYTES = 64 * 1024 * 1024
+"""Bytes of results that may wait for the disk. Arbitrary, because: a thousand of the largest that fit into a row."""
+RETRY_AFTER_TROUBLE = 1.0
+"""Seconds until what could not be written is tried again. Arbitrary, because: somebody may be making room."""
+
+
+Waiting: TypeAlias = tuple[Outcome[Any], Key | None, int]
+"""An outcome that waits for its commit, the key that it is recorded under, and the bytes that go to the side file."""
+
+
+class Found(NamedTuple):
+    """What a look-up has found."""
+
+    known: dict[Key, Known]
+    steps: dict[Key, list[StepRow]]
+    error: JournalError | None
+
+
+class Lot:
+    """What is committed together."""
+
+    __slots__ = ("batch", "now", "rows", "started", "waiting")
+
+    def __init__(self) -> None:
+        self.batch = Batch()
+        self.rows = 0
+        self.now = clock.wall()
+        """When it was begun: as exact as anybody wants to know when an item was recorded."""
+        self.waiting: list[Waiting] = []
+        self.started: list[asyncio.Future[None]] = []
+        """Jobs that wait until their intent is committed."""
+
+
+class Recording:
+    """One run and its journal. `open` it before anything else, and `close` it whatever happens.
+
+    Args:
+        options: what the user said of it.
+        job: name of the job.
+        settle: called with the outcomes of a batch, once it is committed.
+        trouble: called once, when nothing more can be written.
+    """
+
+    def __init__(
+        self,
+        options: Journal,
+        job: str,
+        *,
+        settle: Callable[[list[Waiting]], None],
+        trouble: Callable[[JournalError], None],
+    ) -> None:
+        self.options = options
+        self.uncommitted = 0
+        """Outcomes that wait for their commit."""
+        self.unrecorded: list[Outcome[Any]] = []
+        """Outcomes that never got one. Known when it is closed."""
+        self.in_trouble: JournalError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._settle = settle
+        self._trouble = trouble
+        self._workers = Workers(2, prefix="penstock-journal", spare=0)
+        self._writer = Lane("journal", 1, workers=self._workers)
+        self._reader = Lane("journal-reader", 1, workers=self._workers)
+        self._store = Store(options, options.fingerprint(job))
+        self._codec = options.values
+        self._begun: Begun | None = None
+        self._run = 0
+        self._uncommitted_bytes = 0
+        self._lot = Lot()
+        self._lots: deque[Lot] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.TimerHandle | None = None
+        self._writing = False
+        self._last_try = False
+        self._on_closed: Callable[[], None] | None = None
+        self._account: Callable[[], tuple[str | None, dict[str, int]]] | None = None
+        self.seen = Seen(0)
+
+    async def open(self) -> None:
+        """Begin the run.
+
+        Raises:
+            JournalError: the file cannot be used.
+        """
+        self._begun = await self._writer.call(self._store.open)
+        self._run = self._begun.run
+        self.seen = Seen(self._run)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may wait for the disk."""
+        return self.uncommitted < MOST_UNCOMMITTED and self._uncommitted_bytes < MOST_UNCOMMITTED_BYTES
+
+    # --- what is known ---
+
+    def look_up(self, keys: Sequence[Key], then: "Callable[[Found], None]") -> None:
+        """Ask for what the journal knows of these items; `then` is called with it on the loop."""
+        assert self._begun is not None, "opened before it is asked"
+
+        def found(future: "concurrent.futures.Future[tuple[dict[Key, Known], dict[Key, list[StepRow]]]]") -> None:
+            error = future.exception()
+            if error is None:
+                then(Found(*future.result(), None))
+            else:
+                then(Found({}, {}, _as_journal_error(error, self.options.file)))
+
+        self._in_thread(self._reader, found, self._store.look_up, keys, self._begun.with_steps)
+
+    async def look_up_one(self, key: Key) -> tuple[Known | None, list[StepRow] | None]:
+        """What the journal knows of one item, and the steps of it that are finished.
+
+        Raises:
+            JournalError: it is damaged, or cannot be read.
+        """
+        assert self._begun is not None, "opened before it is asked"
+        known, steps = await self._reader.call(self._store.look_up, [key], self._begun.with_steps)
+        return known.get(key), steps.get(key)
+
+    async def value_of(self, row: Row | StepRow) -> Any:
+        """A recorded result.
+
+        Raises:
+            JournalError: it is damaged, or the codec cannot read it.
+        """
+        large = None if row.file_offset is None else await self._reader.call(self._store.large_value, row)
+        try:
+            return None if row.result is None else read_value(self._codec, row.result, large)
+        except Exception as error:
+            raise JournalError(
+                f"{self.options.file}: the codec cannot read the result of {row.key!r:.200} ({type(error).__name__}: "
+                f"{error}). Give the journal the codec that it was written with: Journal(path, codec=...)."
+            ) from error
+
+    # --- what has ended ---
+
+    def put(self, key: Key | None, outcome: Outcome[Any], spent: Mapping[str, float] | None, *, steps: bool) -> None:
+        """Have an outcome committed. `steps`: whether steps of the item may be in the journal.
+
+        One whose value the codec cannot write becomes a failure.
+        """
+        lot = self._lot
+        spending = dumps(spent) if spent else None
+        result: str | bytes | None = None
+        large = None
+        if outcome.error is None:
+            try:
+                result, large = write_value(self._codec, outcome.value)
+            except UsageError as error:
+                outcome = outcome._replace(value=None, error=error, kind=FailureKind.BUG)
+        if result is not None and large is None and key is not None:
+            lot.batch.done += done_columns(outcome, key, self._run, lot.now, spending, result)
+            size = len(result)
+        else:
+            row = row_of(outcome, key, self._run, lot.now, spending, result, self._codec)
+            lot.batch.entries.append(Entry(row, large))
+            size = 0 if large is None else len(large)
+        if steps and outcome.kind is None and key is not None:
+            self._forget_steps(lot.batch, key)
+        self.uncommitted += 1
+        self._uncommitted_bytes += size
+        lot.waiting.append((outcome, key, size))
+        self._one_more(lot)
+
+    def _forget_steps(self, batch: Batch, key: Key) -> None:
+        """Its item is finished: what is not written yet need not be, what is written is removed."""
+        if batch.steps:
+            batch.steps[:] = [step for step in batch.steps if step.row.key != key]
+        batch.forgotten.append(key)
+
+    def put_step(self, key: Key, name: str, arguments: bytes, value: Any) -> None:
+        """Have the result of a step committed, some time.
+
+        Raises:
+            UsageError: the codec cannot write it.
+        """
+        result, large = write_value(self._codec, value)
+        self._lot.batch.steps.append(StepEntry(StepRow(key, name, arguments, result), large))
+        self._one_more(self._lot)
+
+    async def put_intent(self, key: Key, item: Any) -> None:
+        """Commit that a job is about to start.
+
+        **Cancellation**: the intent may be committed all the same.
+
+        Raises:
+            JournalError: it could not be committed.
+        """
+        if self.in_trouble is not None:
+            raise self.in_trouble
+        started: asyncio.Future[None] = self._loop.create_future()
+        lot = self._lot
+        lot.batch.entries.append(Entry(intent_of(item, key, self._run, lot.now, self._codec)))
+        lot.started.append(started)
+        lot.rows += 1
+        if not self._writing:
+            self._loop.call_soon(self.flush)  # with those that start in this turn of the loop
+        await started
+
+    def _one_more(self, lot: Lot) -> None:
+        lot.rows += 1
+        if lot.rows >= BATCH_ROWS:
+            self.flush()
+        elif self._timer is None:
+            self._timer = self._loop.call_later(BATCH_TIME, self.flush)
+
+    def flush(self) -> None:
+        """Have what there is committed now. Does not wait for it."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._lot.rows:
+            self._lots.append(self._lot)
+            self._lot = Lot()
+        self._write_next()
+
+    # --- the way to the disk ---
+
+    def _write_next(self) -> None:
+        if self._writing or self._again is not None:
+            return
+        if self._lots:
+            self._writing = True
+            self._in_thread(self._writer, self._written, self._store.write, self._lots[0].batch)
+        elif self._on_closed is not None:
+            self._close_store()
+
+    def _written(self, future: "concurrent.futures.Future[None]") -> None:
+        self._writing = False
+        error = future.exception()
+        if error is None:
+            self._settle_all(self._lots.popleft())
+            if self._lot.started or self._on_closed is not None:
+                self.flush()
+            else:
+                self._write_next()
+        elif self._last_try:
+            self._give_up()
+        else:
+            self._hold(error)
+
+    def _settle_all(self, lot: Lot) -> None:
+        for started in lot.started:
+            if not started.done():
+                started.set_result(None)
+        self.uncommitted -= len(lot.waiting)
+        self._uncommitted_bytes -= sum(size for _, _, size in lot.waiting)
+        self.seen.committed([key for _, key, _ in lot.waiting if key is not None])
+        self._settle(lot.waiting)
+
+    def _hold(self, error: BaseException) -> None:
+        """Nothing can be written: keep what there is, and try again."""
+        if self.in_trouble is None:
+            self.in_trouble = _as_journal_error(error, self.options.file)
+            logger.error("%s Nothing new is begun; what is in flight is finished and held.", self.in_trouble)
+            self._refuse_intents()
+            self._trouble(self.in_trouble)
+        if self._on_closed is not None:
+            self._last_try = True
+            self._write_next()
+        else:
+            self._again = self._loop.call_later(RETRY_AFTER_TROUBLE, self._try_again)
+
+    def _try_again(self) -> None:
+        self._again = None
+        self.flush()
+
+    def _refuse_intents(self) -> None:
+        assert self.in_trouble is not None, "there is a reason"
+        for lot in (*self._lots, self._lot):
+            for started in lot.started:
+                if not started.done():
+                    started.set_exception(self.in_trouble)
+
+    # --- the end ---
+
+    def close(self, account: Callable[[], tuple[str | None, dict[str, int]]], on_closed: Callable[[], None]) -> None:
+        """Commit what there is, end the run and call `on_closed`. Never raises; does not wait.
+
+        `account` is called when all is committed, for why the run has ended early, and for what it has counted.
+        """
+        self._account = account
+        self._on_closed = on_closed
+        self._last_try = self.in_trouble is not None
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
+        self.flush()
+
+    def _give_up(self) -> None:
+        """What is held finds no place."""
+        if self._lot.rows:
+            self._lots.append(self._lot)
+            self._lot = Lot()
+        self.unrecorded = [outcome for lot in self._lots for outcome, _, _ in lot.waiting]
+        self._lots.clear()
+        self._close_store()
+
+    def _close_store(self) -> None:
+        self._writing = True  # nothing is written any more
+        self._in_thread(self._reader, self._reading_closed, self._store.close_reading)
+
+    def _reading_closed(self, _future: "concurrent.futures.Future[None]") -> None:
+        assert self._account is not None, "it was told to close"
+        self._in_thread(self._writer, self._closed, self._store.close, *self._account())
+
+    def _closed(self, future: "concurrent.futures.Future[None]") -> None:
+        error = future.exception()
+        if error is not None:
+            logger.error("the end of the run could not be recorded: %s", error)
+        self._writer.close()
+        self._reader.close()
+        self._workers.dismiss()
+        on_closed, self._on_closed = self._on_closed, None
+        assert on_closed is not None, "it was told to close"
+        on_closed()
+
+    def _in_thread(
+        self, lane: Lane, then: "Callable[[concurrent.futures.Future[Any]], None]", fn: Callable[..., Any], *args: Any
+    ) -> None:
+        """Call `fn` in a thread, and `then` on the loop with its future."""
+        still = clock.stands_still(self._loop)
+        still.__enter__()
+
+        def back(future: "concurrent.futures.Future[Any]") -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+                self._loop.call_soon_threadsafe(_over, still, then, future)
+
+        # In a context of its own: whoever puts the last outcome of a batch is not whom it works for.
+        contextvars.Context().run(lane.submit, fn, *args).add_done_callback(back)
+
+
+def _over(
+    still: AbstractContextManager[None],
+    then: "Callable[[concurrent.futures.Future[Any]], None]",
+    future: "concurrent.futures.Future[Any]",
+) -> None:
+    still.__exit__(None, None, None)
+    then(future)
+
+
+def _as_journal_error(error: BaseException, path: str) -> JournalError:
+    if isinstance(error, JournalError):
+        return error
+    wrapped = JournalError(f"{path} could not be written: {type(error).__name__}: {error}.")
+    wrapped.__cause__ = error
+    return wrapped
