@@ -43,11 +43,15 @@ class Account(Protocol):
         ...
 
 
-class Memos(Protocol):
-    """Who keeps what is recorded of the steps of items."""
+class Recorder(Protocol):
+    """Who records what becomes of items. Loop thread only."""
+
+    def take_value(self, item: "RunningJob", value: Any, /) -> None:
+        """The item's job has returned `value`. Raises where that cannot be recorded."""
+        ...
 
     def memo_of(self, item: "RunningJob", /) -> Any:
-        """The `penstock.journal.steps.Memo` of an item; None if none is kept. Loop thread only."""
+        """The `penstock.journal.steps.Memo` of an item; None if none is kept."""
         ...
 
 
@@ -81,8 +85,10 @@ class RunningJob:
     """The job that reads the stream to which this one belongs, and pays for it too; None where it has no account."""
     account: Account | None = None
     """That of its run; None where there is none."""
-    memos: "Memos | None" = None
-    """Who knows what is recorded of its item's steps; None without a journal."""
+    recorder: "Recorder | None" = None
+    """Who records what becomes of its item; None without a journal, and once it has ended."""
+    written: Any = None
+    """Its value, as it is recorded."""
     outcome_unknown: bool = False
     """Whether an earlier run started this item and ended in the middle of it; see `Journal(intents=True)`."""
     spent: dict[str, float] | None = None

@@ -143,6 +143,8 @@ class Lookahead:
         turn = last = now()
         for item in iterator:
             self._take(item)
+            if self._stopped:
+                return
             before, last = last, now()
             if len(self._ahead) >= ITEMS_AHEAD:
                 await self._wait_for_room()
@@ -159,6 +161,8 @@ class Lookahead:
         try:
             async for item in iterator:
                 self._take(item)
+                if self._stopped:
+                    return
                 if len(self._ahead) >= ITEMS_AHEAD:
                     await self._wait_for_room()
         finally:

@@ -20,7 +20,7 @@ from enum import Enum
 from typing import Any
 
 from penstock.context import RunningJob
-from penstock.errors import JournalError, UsageError, first_line
+from penstock.errors import ClosedError, JournalError, UsageError, first_line
 from penstock.executor.active import ActiveJob
 from penstock.executor.feed import Feed
 from penstock.executor.lookahead import Item, Lookahead
@@ -32,6 +32,7 @@ from penstock.journal.schema import Key, State, StepRow
 from penstock.journal.steps import Memo
 from penstock.journal.store import Known
 from penstock.outcome import Outcome
+from penstock.report import INTERRUPTED
 
 
 class Replay(Enum):
@@ -176,7 +177,7 @@ class RecordedFeed(Feed):
         job.number = self.read
         job.args = (item.item,)
         job.key = item.key
-        job.memos = self
+        job.recorder = self
         if item.steps:
             self._steps[job] = item.steps
         if item.key is not None:
@@ -198,6 +199,14 @@ class RecordedFeed(Feed):
             return await fn(*args)
 
         return begin
+
+    def take_value(self, item: RunningJob, value: Any) -> None:
+        """A job has returned `value`: write it while that can still make the job a failure.
+
+        Raises:
+            UsageError: the journal's codec cannot write it.
+        """
+        item.written = self._recording.written(value)
 
     def memo_of(self, item: RunningJob) -> Memo | None:
         """What is recorded of an item's steps; None if it has no key."""
@@ -235,9 +244,10 @@ class RecordedFeed(Feed):
             return
         self._judge(outcome)
         self._undelivered -= 1
-        job.memos = None  # what still runs for it is not recorded
+        job.recorder = None  # what still runs for it is not recorded
         had_steps = bool(self._memos or self._steps) and self._forget_steps(job)
-        self._recording.put(job.key, outcome, job.spent, steps=had_steps)
+        written = job.written if outcome.error is None else None
+        self._recording.put(job.key, outcome, written, job.spent, steps=had_steps)
         if self._room is not None:
             self._wake_if_room(self._room)
         if self._starved:
@@ -259,7 +269,7 @@ class RecordedFeed(Feed):
 
     def _leave(self, job: ActiveJob) -> None:
         super()._leave(job)
-        job.memos = None
+        job.recorder = None
         self._forget_steps(job)
 
     def _committed(self, waiting: list[Waiting]) -> None:
@@ -267,7 +277,7 @@ class RecordedFeed(Feed):
         self.in_flight -= len(waiting)
         if not self._closed:
             self._undelivered += len(waiting)
-        for outcome, _, _ in waiting:
+        for outcome, _ in waiting:
             self._count(outcome)
             if not self._closed:
                 self._deliver(outcome)
@@ -283,6 +293,13 @@ class RecordedFeed(Feed):
     def running(self) -> int:
         """Jobs that have begun and not ended."""
         return self.in_flight - self._recording.uncommitted
+
+    async def close(self) -> None:
+        """As in `Feed`; what waits for its commit is committed, and nobody reads it."""
+        if self._recording.uncommitted:
+            why = ClosedError("the stream was closed before all of its outcomes had been read")
+            self._end_early(why, INTERRUPTED)
+        await super().close()
 
     def give_up(self) -> None:
         """As in `Feed`; outcomes that wait for their commit are not among what is left."""

@@ -215,6 +215,8 @@ class RunningJobs:
                 value = await job.fn(*job.args, **job.kwargs)
             if type(value) is CoroutineType:
                 refuse_coroutine(value, job)
+            if job.recorder is not None:
+                job.recorder.take_value(job, value)
         except GeneratorExit as error:
             if job not in self._tasks or asyncio._get_running_loop() is not self._loop:
                 raise  # the loop was closed under the job: nobody is left to be told

@@ -143,10 +143,10 @@ class Journal:
         """
         codec = self.codec
         name = "json" if codec is None else getattr(codec, "__name__", None) or type(codec).__qualname__
-        told = {"job": job, "version": str(self.version), "params": dict(self.params or {}), "codec": name}
         try:
+            told = {"job": job, "version": str(self.version), "params": dict(self.params or {}), "codec": name}
             return json.dumps(told, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(
                 f"params={self.params!r:.200}: expected names and values that can be JSON; found otherwise: {error}."
             ) from error
@@ -190,7 +190,7 @@ def _plain(key: object) -> Key:
     if isinstance(key, str):
         return str.__str__(key)
     if isinstance(key, bytes):
-        return bytes(key)
+        return bytes(memoryview(key))
     if isinstance(key, float):
         return float.__float__(key)
     if isinstance(key, int) and not isinstance(key, bool):

@@ -38,12 +38,13 @@ def write_value(codec: Codec, value: Any) -> tuple[str | bytes, bytes | None]:
         UsageError: the codec cannot write it.
     """
     try:
-        data = codec.dumps(value)
-        if not isinstance(data, str):
-            return _in_row_or_beside(bytes(data), b"")
+        data = _plain(codec.dumps(value))
+        if isinstance(data, bytes):
+            return (data, None) if len(data) <= INLINE_BYTES else (b"", data)
         if data.isascii() and len(data) <= INLINE_BYTES:
             return data, None
-        return _in_row_or_beside_text(data)
+        encoded = data.encode()  # refuses what is no Unicode
+        return (data, None) if len(encoded) <= INLINE_BYTES else ("", encoded)
     except Exception as error:
         raise UsageError(
             f"what the job returned cannot be recorded in the journal: {type(error).__name__}: {error}. Return what "
@@ -51,13 +52,19 @@ def write_value(codec: Codec, value: Any) -> tuple[str | bytes, bytes | None]:
         ) from error
 
 
-def _in_row_or_beside(data: bytes, empty: str | bytes) -> tuple[str | bytes, bytes | None]:
-    return (data, None) if len(data) <= INLINE_BYTES else (empty, data)
+def _plain(data: object) -> str | bytes:
+    """What a codec wrote, of the very type that comes back from the file: the checksum is of what is stored.
 
-
-def _in_row_or_beside_text(data: str) -> tuple[str | bytes, bytes | None]:
-    encoded = data.encode()  # refuses what is no Unicode
-    return (data, None) if len(encoded) <= INLINE_BYTES else ("", encoded)
+    Raises:
+        TypeError: neither text nor bytes.
+    """
+    if type(data) is str:
+        return data
+    if isinstance(data, str):
+        return str.__str__(data)
+    if isinstance(data, bytes | bytearray | memoryview):
+        return bytes(memoryview(data))
+    raise TypeError(f"the codec's dumps() returned a {type(data).__name__}, expected text or bytes")
 
 
 def read_value(codec: Codec, result: str | bytes, large: bytes | None) -> Any:
@@ -103,11 +110,10 @@ def intent_of(item: Any, key: Key, run: int, now: float, codec: Codec) -> Row:
 def write_input(codec: Codec, item: Any) -> tuple[str | bytes | None, str | None]:
     """An item as the codec writes it, or else as text. Never raises: a dead letter without its input is one still."""
     try:
-        data = codec.dumps(item)
+        data = _plain(codec.dumps(item))
         if isinstance(data, str):
-            data.encode()
-            return data, None
-        return bytes(data), None
+            data.encode()  # refuses what is no Unicode
+        return data, None
     except Exception:  # noqa: BLE001  # a codec is the user's, and so is a repr
         return None, _shown(item)
 
@@ -139,7 +145,7 @@ def _text(text: str) -> str:
 
 
 def _small(status: int | None) -> int | None:
-    return status if status is None or abs(status) < 1 << 31 else None
+    return int(status) if status is not None and abs(status) < 1 << 31 else None
 
 
 def _answer_of(error: BaseException) -> bytes | None:

@@ -23,13 +23,13 @@ from json import dumps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from penstock import clock
-from penstock.errors import JournalError, UsageError
+from penstock.errors import JournalError
 from penstock.journal.options import Journal
 from penstock.journal.record import Entry, done_columns, intent_of, read_value, row_of, write_value
 from penstock.journal.schema import Key, Row, StepRow
 from penstock.journal.seen import Seen
 from penstock.journal.store import Batch, Begun, Known, StepEntry, Store
-from penstock.outcome import FailureKind, Outcome
+from penstock.outcome import Outcome
 from penstock.threads.lane import Lane
 from penstock.threads.workers import Workers
 
@@ -51,8 +51,10 @@ RETRY_AFTER_TROUBLE = 1.0
 """Seconds until what could not be written is tried again. Arbitrary, because: somebody may be making room."""
 
 
-Waiting: TypeAlias = tuple[Outcome[Any], Key | None, int]
-"""An outcome that waits for its commit, the key that it is recorded under, and the bytes that go to the side file."""
+Written: TypeAlias = tuple[str | bytes, bytes | None]
+"""A value as the codec wrote it: for the row, and for the side file if it is too large for that."""
+Waiting: TypeAlias = tuple[Outcome[Any], Key | None]
+"""An outcome that waits for its commit, and the key that it is recorded under."""
 
 
 class Found(NamedTuple):
@@ -66,11 +68,12 @@ class Found(NamedTuple):
 class Lot:
     """What is committed together."""
 
-    __slots__ = ("batch", "now", "rows", "started", "waiting")
+    __slots__ = ("batch", "now", "rows", "size_bytes", "started", "waiting")
 
     def __init__(self) -> None:
         self.batch = Batch()
         self.rows = 0
+        self.size_bytes = 0
         self.now = clock.wall()
         """When it was begun: as exact as anybody wants to know when an item was recorded."""
         self.waiting: list[Waiting] = []
@@ -180,33 +183,39 @@ class Recording:
 
     # --- what has ended ---
 
-    def put(self, key: Key | None, outcome: Outcome[Any], spent: Mapping[str, float] | None, *, steps: bool) -> None:
-        """Have an outcome committed. `steps`: whether steps of the item may be in the journal.
+    def written(self, value: Any) -> Written:
+        """A job's value, as `put` takes it.
 
-        One whose value the codec cannot write becomes a failure.
+        Raises:
+            UsageError: the codec cannot write it.
+        """
+        return write_value(self._codec, value)
+
+    def put(
+        self, key: Key | None, outcome: Outcome[Any], written: Written | None, spent: Mapping[str, float] | None, *,
+        steps: bool,
+    ) -> None:  # fmt: skip
+        """Have an outcome committed.
+
+        Args:
+            written: its value, as `written` gave it; None where it has none.
+            steps: whether steps of the item may be in the journal.
         """
         lot = self._lot
         spending = dumps(spent) if spent else None
-        result: str | bytes | None = None
-        large = None
-        if outcome.error is None:
-            try:
-                result, large = write_value(self._codec, outcome.value)
-            except UsageError as error:
-                outcome = outcome._replace(value=None, error=error, kind=FailureKind.BUG)
+        result, large = (None, None) if written is None else written
         if result is not None and large is None and key is not None:
             lot.batch.done += done_columns(outcome, key, self._run, lot.now, spending, result)
             size = len(result)
         else:
             row = row_of(outcome, key, self._run, lot.now, spending, result, self._codec)
             lot.batch.entries.append(Entry(row, large))
-            size = 0 if large is None else len(large)
+            size = len(large or row.input or "")
         if steps and outcome.kind is None and key is not None:
             self._forget_steps(lot.batch, key)
         self.uncommitted += 1
-        self._uncommitted_bytes += size
-        lot.waiting.append((outcome, key, size))
-        self._one_more(lot)
+        lot.waiting.append((outcome, key))
+        self._one_more(lot, size)
 
     def _forget_steps(self, batch: Batch, key: Key) -> None:
         """Its item is finished: what is not written yet need not be, what is written is removed."""
@@ -222,7 +231,7 @@ class Recording:
         """
         result, large = write_value(self._codec, value)
         self._lot.batch.steps.append(StepEntry(StepRow(key, name, arguments, result), large))
-        self._one_more(self._lot)
+        self._one_more(self._lot, len(result) if large is None else len(large))
 
     async def put_intent(self, key: Key, item: Any) -> None:
         """Commit that a job is about to start.
@@ -239,12 +248,16 @@ class Recording:
         lot.batch.entries.append(Entry(intent_of(item, key, self._run, lot.now, self._codec)))
         lot.started.append(started)
         lot.rows += 1
-        if not self._writing:
+        if lot.rows >= BATCH_ROWS:
+            self.flush()
+        elif not self._writing:
             self._loop.call_soon(self.flush)  # with those that start in this turn of the loop
         await started
 
-    def _one_more(self, lot: Lot) -> None:
+    def _one_more(self, lot: Lot, size_bytes: int) -> None:
         lot.rows += 1
+        lot.size_bytes += size_bytes
+        self._uncommitted_bytes += size_bytes
         if lot.rows >= BATCH_ROWS:
             self.flush()
         elif self._timer is None:
@@ -290,8 +303,8 @@ class Recording:
             if not started.done():
                 started.set_result(None)
         self.uncommitted -= len(lot.waiting)
-        self._uncommitted_bytes -= sum(size for _, _, size in lot.waiting)
-        self.seen.committed([key for _, key, _ in lot.waiting if key is not None])
+        self._uncommitted_bytes -= lot.size_bytes
+        self.seen.committed([key for _, key in lot.waiting if key is not None])
         self._settle(lot.waiting)
 
     def _hold(self, error: BaseException) -> None:
@@ -338,7 +351,7 @@ class Recording:
         if self._lot.rows:
             self._lots.append(self._lot)
             self._lot = Lot()
-        self.unrecorded = [outcome for lot in self._lots for outcome, _, _ in lot.waiting]
+        self.unrecorded = [outcome for lot in self._lots for outcome, _ in lot.waiting]
         self._lots.clear()
         self._close_store()
 

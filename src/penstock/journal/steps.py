@@ -43,19 +43,19 @@ class Memo:
     def __init__(self, recording: "Recording", key: Key | None, known: list[StepRow] | None) -> None:
         self._recording = recording
         self._key = key
-        self._known = known or ()
+        self._known = {(row.name, row.arguments): row for row in known or ()}
         self._calls: Counter[bytes] = Counter()
         self._over = False
 
     def identify(self, name: str, call: bytes) -> bytes:
         """What a step is recorded under, which is being called now."""
-        seed = name.encode("utf-8", "surrogatepass") + b"\0" + call
+        seed = name.encode() + b"\0" + call
         self._calls[seed] += 1
         return call + self._calls[seed].to_bytes(4, "big")
 
     def find(self, name: str, arguments: bytes) -> StepRow | None:
         """The step, if an earlier life of the item has finished it."""
-        return next((row for row in self._known if row.name == name and row.arguments == arguments), None)
+        return self._known.get((name, arguments))
 
     async def value_of(self, row: StepRow) -> Any:
         """What it returned then."""
@@ -99,11 +99,10 @@ async def step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) 
         Exception: what `fn` raised.
     """
     job = _job("step")
-    if not isinstance(name, str):
-        raise UsageError(f'penstock.step({name!r:.100}, ...): expected a name, as in `step("score", fn, *args)`.')
+    name = _checked("step", name)
     check_function(fn, f"penstock.step({name!r}, ...)")
     item = job.root or job
-    memo: Memo | None = None if item.memos is None else item.memos.memo_of(item)
+    memo: Memo | None = None if item.recorder is None else item.recorder.memo_of(item)
     if memo is None:
         return await _call(job, fn, args, kwargs)
     arguments = memo.identify(name, _hash_of(name, args, kwargs))
@@ -136,7 +135,8 @@ def idempotency_key(step: str = "") -> str:
             f"penstock.idempotency_key() in {item!r}, whose key is {error}. Give the run a key= that returns text, a "
             f"number or bytes."
         ) from None
-    told = [item.name, type(key).__name__, key.hex() if isinstance(key, bytes | float) else key, step]
+    told = [item.name, type(key).__name__, key.hex() if isinstance(key, bytes | float) else key]
+    told.append(_checked("idempotency_key", step))
     return hashlib.blake2b(json.dumps(told).encode(), digest_size=HASH_BYTES).hexdigest()
 
 
@@ -148,6 +148,18 @@ def _job(wanted: str) -> RunningJob:
             f"`penstock.run(score, items, key=..., journal=...)`."
         )
     return job
+
+
+def _checked(call: str, name: object) -> str:
+    """The name of a step, as plain text."""
+    try:
+        if isinstance(name, str):
+            name.encode()
+            return str.__str__(name)
+        found = repr(name)
+    except UnicodeEncodeError:
+        found = f"{name!r}, which is no Unicode"
+    raise UsageError(f"penstock.{call}({found:.200}, ...): expected the name of a step, such as 'score'.")
 
 
 async def _call(job: RunningJob, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -173,7 +185,7 @@ def _as_json(value: Any) -> Any:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, bytes | bytearray | memoryview):
         return {kind: bytes(value).hex()}
-    if type(value).__module__ in _SHOWN_AS_THEY_ARE or isinstance(value, enum.Enum | complex):
+    if type(value).__module__.partition(".")[0] in _SHOWN_AS_THEY_ARE or isinstance(value, enum.Enum | complex):
         return {kind: repr(value)}
     if isinstance(value, set | frozenset):
         return {kind: sorted(json.dumps(each, sort_keys=True, default=_as_json) for each in value)}

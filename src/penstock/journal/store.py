@@ -64,12 +64,6 @@ class Batch:
     forgotten: list[Key] = field(default_factory=list)
     """Items that are finished, and whose steps may be on the disk."""
 
-    def has_large(self) -> bool:
-        """Whether something of it goes to the side file."""
-        return any(entry.large is not None for entry in self.entries) or any(
-            step.large is not None for step in self.steps
-        )
-
 
 class Known(NamedTuple):
     """What the journal knows of an item."""
@@ -169,10 +163,9 @@ class Store:
         connection = self._writer
         assert connection is not None, "opened before it is written"
         try:
-            rows = [self._placed(entry.row, entry.large) for entry in batch.entries]
-            steps = [self._placed(entry.row, entry.large) for entry in batch.steps]
-            if batch.has_large():
-                self._side.sync()
+            self._place(batch)
+            rows = [entry.row for entry in batch.entries]
+            steps = [entry.row for entry in batch.steps]
             connection.execute("BEGIN IMMEDIATE")
             if batch.done:
                 connection.execute(_insert_done(len(batch.done) // (len(DONE_COLUMNS) + 1)), batch.done)
@@ -183,15 +176,27 @@ class Store:
             for some in _slices(batch.forgotten):
                 connection.execute(f"DELETE FROM step WHERE key IN ({_marks(len(some))})", some)
             connection.execute("COMMIT")
-        except (sqlite3.Error, OSError) as error:
+        except BaseException as error:
             with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
                 connection.execute("ROLLBACK")
-            raise explained(error, self._path) from error
+            if isinstance(error, sqlite3.Error | OSError):
+                raise explained(error, self._path) from error
+            raise
 
-    def _placed(self, row: R, large: bytes | None) -> R:
-        """The row, with what is too large for it in the side file."""
-        if large is None:
-            return row
+    def _place(self, batch: Batch) -> None:
+        """Write what is too large for a row to the side file. Once for each, however often the batch is tried."""
+        for at, (row, large) in enumerate(batch.entries):
+            if large is not None:
+                batch.entries[at] = Entry(self._placed(row, large))
+        for at, (step, large) in enumerate(batch.steps):
+            if large is not None:
+                batch.steps[at] = StepEntry(self._placed(step, large))
+        if any(entry.row.file_size is not None for entry in batch.entries) or any(
+            step.row.file_size is not None for step in batch.steps
+        ):
+            self._side.sync()
+
+    def _placed(self, row: R, large: bytes) -> R:
         offset, size, crc = self._side.append(large)
         return row._replace(file_offset=offset, file_size=size, file_crc=crc)
 
@@ -283,7 +288,8 @@ def _one(columns: Sequence[str]) -> str:
     return f"({_marks(len(columns) + 1)})"
 
 
-_NEWER = ", ".join(f"{name} = excluded.{name}" for name in (*ITEM_COLUMNS, "crc") if name != "key")
+_NEWER = ", ".join(f"{name} = excluded.{name}" for name in (*ITEM_COLUMNS, "crc"))
+"""The key, too: 1.0 is the same one as 1, and the checksum tells them apart."""
 
 
 @lru_cache(16)
