@@ -223,10 +223,10 @@ class Lane(Executor):
             call.cancel()
 
     def in_flight(self) -> list[SubmittedCall]:
-        """Submitted calls that wait or run. Any thread."""
+        """Submitted calls that wait or run, or whose futures are not done yet. Any thread."""
         with self._lock:
             waiting = list(self._queue)
-        running = [worker.call for worker in self._workers.threads]
+            running = [call for worker in self._workers.threads for call in (worker.call, worker.ended)]
         return [call for call in (*waiting, *running) if isinstance(call, SubmittedCall) and call.home is self]
 
     def when_idle(self, tell: Callable[[], object]) -> None:
@@ -596,16 +596,17 @@ class _Runner:
         """Whether a thread has it."""
         self._lane = lane
         self._last: Call | None = None
+        self._worker: Worker | None = None
 
     def __call__(self, worker: Worker) -> None:
         self.begun = True
+        self._worker = worker
         lane, lock, books = self._lane, self._lane._lock, self._lane.books
         with lock:
             lane._on_its_way = False
-            call = lane._take()
+            worker.call = call = lane._take()
         if lane._nested or (call is None and lane._own and lane.books.waiting):
             lane.look_soon()  # it may have taken another one than those that threads wait for, or none
-        worker.call = call
         while call is not None:
             call.run()
             if call._done_callbacks:  # it is busy until they are through, and no other call is to wait for that
@@ -617,11 +618,13 @@ class _Runner:
                 if lane._waited:
                     lane._standing -= lane._waited.pop(call, 0)
                 done, call = call, lane._take(after_call=True)
+                worker.ended = done
                 worker.call = call  # with the lock: the lane may be idle from here on, and then this thread is
             if call is None:
                 self._last = done
             else:
                 done.hand_over()  # a second time it only lands, where somebody on the loop waits for that
+                worker.ended = None
             del done  # nothing of a call may stay alive while the next one runs
 
     def land(self) -> None:
@@ -629,6 +632,8 @@ class _Runner:
         last, self._last = self._last, None  # an error's traceback may know this
         if last is not None:
             last.hand_over()
+            assert self._worker is not None, "it has run in one"
+            self._worker.ended = None
         self._lane.books.end_external_work()
         self._lane._look_whether_idle()
 

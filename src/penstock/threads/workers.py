@@ -70,6 +70,8 @@ class Worker(threading.Thread):
     def __init__(self, workers: "Workers", number: int) -> None:
         self.call: Named | None = None
         """What it runs now."""
+        self.ended: Named | None = None
+        """What it has run, until who waits for that has been told."""
         self.number = number
         self.cpu_clock: int | None = None
         """For `clock.cpu_time`; None before the thread has begun, and where there is none."""
