@@ -2,8 +2,11 @@
 
 import asyncio
 import functools
+import json
+import pickle
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from pathlib import Path
 from typing import Any, assert_type
 
 import pytest
@@ -13,11 +16,15 @@ from penstock import (
     Adaptive,
     BlockingClient,
     Breaker,
+    Budget,
     CircuitOpen,
+    Codec,
+    DeadLetter,
     Executor,
     Gate,
     HttpClient,
     Job,
+    Journal,
     KeyStatistics,
     LimitChange,
     Limiter,
@@ -230,3 +237,29 @@ async def test_the_limit_of_an_executor_is_read_as_a_number_and_set_as_one_or_no
         assert_type(executor.limit, int)
         executor.limit = 8
         executor.limit = None
+
+
+async def test_a_step_gives_what_its_function_returns() -> None:
+    """Async or plain; the arguments are those of the function."""
+
+    async def job(text: str) -> int:
+        assert_type(penstock.idempotency_key("a"), str)
+        assert_type(await penstock.step("b", plain_length, text), int)
+        return assert_type(await penstock.step("a", length, text), int)
+
+    async with Executor() as executor:
+        assert (await executor.as_completed(job, ["a"], key=str))[0].value == 1
+
+
+async def test_runs_and_streams_take_a_journal_as_a_path_or_with_options(tmp_path: Path) -> None:
+    """Each module that can write and read values is a codec; a budget takes any unit."""
+    for journal in (str(tmp_path / "a.db"), tmp_path / "b.db", Journal(tmp_path / "c.db", codec=pickle, resume="all")):
+        async with Executor() as executor:
+            report = await executor.run(length, ["a"], key=str, journal=journal, budget=Budget(usd=1.5, time=60))
+            assert_type(report.spent, dict[str, float])
+            async with executor.as_completed(length, ["a"], key=str, journal=journal) as stream:
+                assert_type([outcome.value async for outcome in stream], list[int | None])
+    codecs: list[Codec] = [json, pickle]
+    assert codecs
+    assert_type(penstock.dead(tmp_path / "a.db"), Iterator[DeadLetter])
+    assert_type([letter.status for letter in penstock.dead(tmp_path / "a.db")], list[int | None])

@@ -171,7 +171,8 @@ class AllFailed(PenstockError):
     def __str__(self) -> str:
         return (
             f"the first {self.count:,} jobs all failed, the first one by {self.first!r}. As a rule the URL or the key "
-            f"is wrong, or the job is; correct it and run again. fail_fast=None goes on whatever fails."
+            f'is wrong, or the job is; correct it and run again, with a journal by resume="failed". fail_fast=None goes '
+            f"on whatever fails."
         )
 
 

@@ -143,8 +143,6 @@ class Lookahead:
         turn = last = now()
         for item in iterator:
             self._take(item)
-            if self._stopped:
-                return
             before, last = last, now()
             if len(self._ahead) >= ITEMS_AHEAD:
                 await self._wait_for_room()

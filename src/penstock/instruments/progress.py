@@ -35,11 +35,12 @@ class ProgressLine:
         """Seconds between updates."""
         now = clock.steady()
         self._written = now
-        self._done = self._failed = 0
+        self._done = self._failed = self._replayed = 0
         self._marks = deque([(now, 0)], maxlen=MARKS)
 
     def notify(self, event: JobEnded, /) -> None:
-        """Count a job's end, and write if it is time to."""
+        """Count a job's end, and write if it is time to. What an earlier run has ended says nothing about the speed."""
+        self._replayed += event.outcome.replayed
         if event.outcome.kind is None:
             self._done += 1
         else:
@@ -64,7 +65,7 @@ class ProgressLine:
     def _write(self, now: float, *, going_on: bool) -> None:
         ended = self._done + self._failed
         of = "" if self._total is None else f" of {self._total:,}"
-        rate = self._rate(now, ended)
+        rate = self._rate(now, ended - self._replayed)
         text = f"{ended:,}{of} jobs, {self._failed:,} failed, {rate:,.{0 if rate >= 10 else 1}f}/s"
         if going_on and rate and self._total is not None and ended < self._total:
             text += f", {(self._total - ended) / rate:,.0f} s to go"
@@ -72,7 +73,7 @@ class ProgressLine:
         self._stream.flush()
 
     def _rate(self, now: float, ended: int) -> float:
-        """Jobs that end in a second: those of late, not of the whole run."""
+        """Jobs that end in a second: those of late, not of the whole run, nor of an earlier one."""
         then, before = self._marks[0]
         if now - self._marks[-1][0] >= WINDOW / MARKS:
             self._marks.append((now, ended))

@@ -101,7 +101,7 @@ class Journal:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | os.PathLike) or not isinstance(os.fspath(self.path), str):
             raise UsageError(f'journal={self.path!r:.100}: expected a path, such as "run.db", or a penstock.Journal.')
-        if not os.path.basename(self.path) or self.path == ":memory:":
+        if not os.path.basename(self.path) or self.path == ":memory:" or "\0" in os.fspath(self.path):
             raise UsageError(f'journal={self.path!r}: expected the path of a file, such as "run.db".')
         _check_word("on_mismatch", self.on_mismatch, get_args(OnMismatch))
         _check_word("duplicates", self.duplicates, get_args(Duplicates))

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from json import dumps
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from penstock import clock
 from penstock.errors import JournalError
@@ -35,6 +35,8 @@ from penstock.threads.workers import Workers
 
 if TYPE_CHECKING:
     import concurrent.futures
+
+T = TypeVar("T")
 
 logger = logging.getLogger("penstock.journal")
 
@@ -74,8 +76,8 @@ class Lot:
         self.batch = Batch()
         self.rows = 0
         self.size_bytes = 0
-        self.now = clock.wall()
-        """When it was begun: as exact as anybody wants to know when an item was recorded."""
+        self.now = 0.0
+        """When its first row came: as exact as anybody wants to know when an item was recorded."""
         self.waiting: list[Waiting] = []
         self.started: list[asyncio.Future[None]] = []
         """Jobs that wait until their intent is committed."""
@@ -132,7 +134,7 @@ class Recording:
         Raises:
             JournalError: the file cannot be used.
         """
-        self._begun = await self._writer.call(self._store.open)
+        self._begun = await self._answer(self._writer, self._store.open)
         self._run = self._begun.run
         self.seen = Seen(self._run)
 
@@ -163,7 +165,7 @@ class Recording:
             JournalError: it is damaged, or cannot be read.
         """
         assert self._begun is not None, "opened before it is asked"
-        known, steps = await self._reader.call(self._store.look_up, [key], self._begun.with_steps)
+        known, steps = await self._answer(self._reader, self._store.look_up, [key], self._begun.with_steps)
         return known.get(key), steps.get(key)
 
     async def value_of(self, row: Row | StepRow) -> Any:
@@ -172,7 +174,7 @@ class Recording:
         Raises:
             JournalError: it is damaged, or the codec cannot read it.
         """
-        large = None if row.file_offset is None else await self._reader.call(self._store.large_value, row)
+        large = None if row.file_offset is None else await self._answer(self._reader, self._store.large_value, row)
         try:
             return None if row.result is None else read_value(self._codec, row.result, large)
         except Exception as error:
@@ -201,7 +203,7 @@ class Recording:
             written: its value, as `written` gave it; None where it has none.
             steps: whether steps of the item may be in the journal.
         """
-        lot = self._lot
+        lot = self._begun_lot()
         spending = dumps(spent) if spent else None
         result, large = (None, None) if written is None else written
         if result is not None and large is None and key is not None:
@@ -230,8 +232,9 @@ class Recording:
             UsageError: the codec cannot write it.
         """
         result, large = write_value(self._codec, value)
-        self._lot.batch.steps.append(StepEntry(StepRow(key, name, arguments, result), large))
-        self._one_more(self._lot, len(result) if large is None else len(large))
+        lot = self._begun_lot()
+        lot.batch.steps.append(StepEntry(StepRow(key, name, arguments, result), large))
+        self._one_more(lot, len(result) if large is None else len(large))
 
     async def put_intent(self, key: Key, item: Any) -> None:
         """Commit that a job is about to start.
@@ -244,7 +247,7 @@ class Recording:
         if self.in_trouble is not None:
             raise self.in_trouble
         started: asyncio.Future[None] = self._loop.create_future()
-        lot = self._lot
+        lot = self._begun_lot()
         lot.batch.entries.append(Entry(intent_of(item, key, self._run, lot.now, self._codec)))
         lot.started.append(started)
         lot.rows += 1
@@ -253,6 +256,13 @@ class Recording:
         elif not self._writing:
             self._loop.call_soon(self.flush)  # with those that start in this turn of the loop
         await started
+
+    def _begun_lot(self) -> Lot:
+        """What is committed next, to put a row into."""
+        lot = self._lot
+        if not lot.rows:
+            lot.now = clock.wall()
+        return lot
 
     def _one_more(self, lot: Lot, size_bytes: int) -> None:
         lot.rows += 1
@@ -373,6 +383,23 @@ class Recording:
         on_closed, self._on_closed = self._on_closed, None
         assert on_closed is not None, "it was told to close"
         on_closed()
+
+    def _answer(self, lane: Lane, fn: Callable[..., T], *args: Any) -> "asyncio.Future[T]":
+        """What `fn` returns in a thread. Cancelled, it is not waited for."""
+        answer: asyncio.Future[T] = self._loop.create_future()
+
+        def over(future: "concurrent.futures.Future[T]") -> None:
+            if answer.done():
+                return
+            error = future.exception()
+            if error is None:
+                answer.set_result(future.result())
+            else:
+                answer.set_exception(_as_journal_error(error, self.options.file))
+                answer.exception()  # who waits for it may be cancelled just now
+
+        self._in_thread(lane, over, fn, *args)
+        return answer
 
     def _in_thread(
         self, lane: Lane, then: "Callable[[concurrent.futures.Future[Any]], None]", fn: Callable[..., Any], *args: Any
