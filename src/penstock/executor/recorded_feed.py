@@ -34,6 +34,8 @@ from penstock.journal.store import Known
 from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED
 
+_DONE = State.DONE.value
+
 
 class Replay(Enum):
     """What becomes of items that an earlier run has finished."""
@@ -81,7 +83,7 @@ class RecordedFeed(Feed):
                     if not await self._more(ahead):
                         return
                     turn = now()
-                if not self._run_at_once(ahead):
+                if not self._run_at_once(ahead) and not self._play_at_once(ahead):
                     await self._admit(ahead)
                 if now() - turn > LONGEST_TURN:
                     await asyncio.sleep(0)
@@ -109,6 +111,24 @@ class RecordedFeed(Feed):
         if not self._running.slots.take_nowait(job):
             return False
         self._run(job, item, ahead)
+        return True
+
+    def _play_at_once(self, ahead: Lookahead) -> bool:
+        """Replay the next item if nothing is in its way, as a rule where a run is resumed."""
+        item = ahead.chunk[0]
+        known = item.known
+        if (
+            known is None
+            or item.key is None
+            or known.row.file_offset is not None
+            or (self._undelivered >= self._window and self._replay is not Replay.NONE)
+            or self._recording.seen.is_repeat(item.key, known, ahead.since)
+            or runs_again(known.row, self._journal)
+        ):
+            return False
+        self._play(
+            item, item.key, known, self._recording.value_in(known.row) if self._wants_value(known) else None, ahead
+        )
         return True
 
     async def _more(self, ahead: Lookahead) -> bool:
@@ -217,15 +237,20 @@ class RecordedFeed(Feed):
 
     async def _play_again(self, item: Item, known: Known, ahead: Lookahead) -> None:
         """An earlier run has finished it."""
-        whole = self._replay is Replay.WHOLE and known.row.state == State.DONE
-        value = await self._recording.value_of(known.row) if whole else None
+        value = await self._recording.value_of(known.row) if self._wants_value(known) else None
         if self._replay is not Replay.NONE:
             while self._undelivered >= self._window:
                 await self._wait_for_room()
-        self._take(ahead)
         assert item.key is not None, "what has a row is known by its key"
-        self._recording.seen.admit(item.key, known, runs=False)
-        outcome = replayed(known.row, item.key, item.item, value)
+        self._play(item, item.key, known, value, ahead)
+
+    def _wants_value(self, known: Known) -> bool:
+        return self._replay is Replay.WHOLE and known.row.state == _DONE
+
+    def _play(self, item: Item, key: Key, known: Known, value: Any, ahead: Lookahead) -> None:
+        self._take(ahead)
+        self._recording.seen.admit(key, known, runs=False)
+        outcome = replayed(known.row, key, item.item, value)
         self.replayed += 1
         self._count(outcome)
         if outcome.kind is None:

@@ -29,21 +29,21 @@ class Codec(Protocol):
         ...
 
 
-def _fast_encoder() -> Callable[[Any], str]:
+def fast_encoder(default: Callable[[Any], Any] | None = None, *, sort_keys: bool = False) -> Callable[[Any], str]:
     """JSON without spaces. `JSONEncoder.encode` makes an encoder for each value: more work than a small one is."""
-    slow = json.JSONEncoder(separators=(",", ":"))
+    slow = json.JSONEncoder(separators=(",", ":"), default=default, sort_keys=sort_keys)
     make, text = getattr(json.encoder, "c_make_encoder", None), getattr(json.encoder, "c_encode_basestring_ascii", None)
     if make is None or text is None:  # another interpreter than CPython
         return slow.encode
     # Without the record of what it is within: what contains itself ends by a RecursionError.
-    encode = make(None, slow.default, text, None, ":", ",", False, False, True)
+    encode = make(None, slow.default, text, None, ":", ",", sort_keys, False, True)
     return lambda value: "".join(encode(value, 0))
 
 
 class _Json:
     """JSON, in ASCII."""
 
-    dumps = staticmethod(_fast_encoder())
+    dumps = staticmethod(fast_encoder())
     loads = staticmethod(json.loads)
 
 

@@ -123,6 +123,8 @@ class Recording:
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
         self._writing = False
+        self._owed = False
+        """Whether somebody waits for the commit of what there is."""
         self._last_try = False
         self._on_closed: Callable[[], None] | None = None
         self._account: Callable[[], tuple[str | None, dict[str, int]]] | None = None
@@ -169,12 +171,22 @@ class Recording:
         return known.get(key), steps.get(key)
 
     async def value_of(self, row: Row | StepRow) -> Any:
-        """A recorded result.
+        """A recorded result, wherever it is.
 
         Raises:
             JournalError: it is damaged, or the codec cannot read it.
         """
-        large = None if row.file_offset is None else await self._answer(self._reader, self._store.large_value, row)
+        if row.file_offset is None:
+            return self.value_in(row)
+        large = await self._answer(self._reader, self._store.large_value, row)
+        return self.value_in(row, large)
+
+    def value_in(self, row: Row | StepRow, large: bytes | None = None) -> Any:
+        """A recorded result that is in its row, or in `large`.
+
+        Raises:
+            JournalError: the codec cannot read it.
+        """
         try:
             return None if row.result is None else read_value(self._codec, row.result, large)
         except Exception as error:
@@ -274,14 +286,20 @@ class Recording:
             self._timer = self._loop.call_later(BATCH_TIME, self.flush)
 
     def flush(self) -> None:
-        """Have what there is committed now. Does not wait for it."""
+        """Have what there is committed now, or with all that comes while another commit is under way."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._lot.rows:
-            self._lots.append(self._lot)
-            self._lot = Lot()
+        self._owed = bool(self._lot.rows)
+        if self._owed and (not self._writing or self._lot.rows >= BATCH_ROWS):
+            self._seal()
         self._write_next()
+
+    def _seal(self) -> None:
+        """Nothing more is added to this commit."""
+        self._lots.append(self._lot)
+        self._lot = Lot()
+        self._owed = False
 
     # --- the way to the disk ---
 
@@ -299,7 +317,7 @@ class Recording:
         error = future.exception()
         if error is None:
             self._settle_all(self._lots.popleft())
-            if self._lot.started or self._on_closed is not None:
+            if self._owed or self._lot.started or self._on_closed is not None:
                 self.flush()
             else:
                 self._write_next()
@@ -359,8 +377,7 @@ class Recording:
     def _give_up(self) -> None:
         """What is held finds no place."""
         if self._lot.rows:
-            self._lots.append(self._lot)
-            self._lot = Lot()
+            self._seal()
         self.unrecorded = [outcome for lot in self._lots for outcome, _ in lot.waiting]
         self._lots.clear()
         self._close_store()

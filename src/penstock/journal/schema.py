@@ -115,7 +115,9 @@ TABLES = (
 _pack = struct.Struct("<3q3d").pack
 _NUMBERS = slice(1, 7)
 """state, attempts, run; recorded, waited, ran."""
-_REST = slice(7, None)
+_REST = 7
+_END_OF_DONE = len(DONE_COLUMNS)
+_EMPTY = (None,) * (len(ITEM_COLUMNS) - _END_OF_DONE)
 
 
 def checksum(row: tuple[Any, ...]) -> int:
@@ -126,14 +128,14 @@ def checksum(row: tuple[Any, ...]) -> int:
     """
     if len(row) != len(ITEM_COLUMNS):
         return zlib.crc32(ascii(tuple(row)).encode())
-    rest = row[_REST]
-    while rest and rest[-1] is None:
-        rest = rest[:-1]
+    end = _END_OF_DONE if row[_END_OF_DONE:] == _EMPTY else len(row)  # nearly all are done
+    while row[end - 1] is None:
+        end -= 1
     try:
         numbers = zlib.crc32(_pack(*row[_NUMBERS]))
     except (struct.error, TypeError):
         return -1
-    return zlib.crc32(ascii((row[0], *rest)).encode(), numbers)
+    return zlib.crc32(ascii((row[0], *row[_REST:end])).encode(), numbers)
 
 
 def checksum_of_done(

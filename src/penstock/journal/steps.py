@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 from penstock.callables import check_function, is_async
 from penstock.context import RunningJob, current_job
 from penstock.errors import UsageError
-from penstock.journal.options import key_to_record
+from penstock.journal.options import fast_encoder, key_to_record
 from penstock.journal.schema import Key, StepRow
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ async def _call(job: RunningJob, fn: Callable[..., Any], args: tuple[Any, ...], 
 
 def _hash_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     try:
-        told = json.dumps([args, kwargs], sort_keys=True, default=_as_json)
+        told = _encode([args, kwargs])
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(
             f"penstock.step({name!r}, ...) cannot tell whether its arguments have changed: {error}. Give it what can "
@@ -192,3 +192,6 @@ def _as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {kind: {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}}
     raise TypeError(f"found a {type(value).__name__} among them")
+
+
+_encode = fast_encoder(_as_json, sort_keys=True)
