@@ -10,6 +10,7 @@ process of its own so that the CPU it uses is not counted as the client's.
     GET  /api1?id=17&name=...  ->  the parameters and a "profile"
     POST /api2 with that JSON  ->  {"key": ..., "score": ..., "words": [...]}
     GET  /stats                ->  what the service has seen so far; never faulty, never counted
+    GET  /calls?since=0        ->  with --log: one entry for each request about a record, in the order of arrival
 
 Which request fails, and how, depends on the seed, the route, the record's id and how many times this route was asked
 about this record: not on the order of arrival. A run can be repeated at any concurrency.
@@ -80,6 +81,7 @@ class ServiceConfig:
     malformed: float = setting(0.0, "share of the 200 answers whose body is not JSON")
     slow_body: float = setting(0.0, "share of the 200 answers whose body drips")
     drip: float = setting(1.0, "seconds that a dripping body takes")
+    log: bool = setting(False, "keep each request in memory, to be read at /calls")
 
     def __post_init__(self) -> None:
         for name in ("jitter", "errors", "drops", "malformed", "slow_body"):
@@ -96,11 +98,26 @@ class ServiceConfig:
         return [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
 
 
+Ending = Literal["answer", "error", "drop", "malformed", "slow"]
+
+
 class Fate(NamedTuple):
     """What is going to happen to one request."""
 
     latency: float
-    ending: Literal["answer", "error", "drop", "malformed", "slow"]
+    ending: Ending
+
+
+class Call(NamedTuple):
+    """One request about a record, as the log keeps it."""
+
+    at: float
+    """When it arrived, on this machine's `time.monotonic()`."""
+    route: str
+    record_id: str
+    caller: str
+    """What the client calls itself: its User-Agent."""
+    ending: Ending
 
 
 def fate_of(config: ServiceConfig, route: str, record_id: str, nth: int) -> Fate:
@@ -203,6 +220,7 @@ class Service:
         self._quota = Quota(config.quota, config.burst or max(1.0, config.quota)) if config.quota else None
         self._knee = asyncio.Semaphore(config.knee) if config.knee else contextlib.nullcontext()
         self._asked: dict[str, Counter[str]] = {"/api1": Counter(), "/api2": Counter()}
+        self._log: list[Call] | None = [] if config.log else None
         self._requests = Counter({"/api1": 0, "/api2": 0})
         self._replies: Counter[int] = Counter()
         self._in_flight = Gauge()
@@ -218,6 +236,11 @@ class Service:
 
     async def stats(self, _: web.Request) -> web.Response:
         return _reply(200, self.statistics())
+
+    async def calls(self, request: web.Request) -> web.Response:
+        if self._log is None:
+            return _reply(404, {"error": "no log is kept: start the service with --log"})
+        return _reply(200, self._log[int(request.query.get("since", "0")) :])
 
     async def tell_quota(self, request: web.Request, response: web.StreamResponse) -> None:
         if self._config.quota_headers and self._quota and request.path in self._requests:
@@ -270,14 +293,18 @@ class Service:
             return _reply(400, {"error": str(error)})
         async with self._knee:
             with self._serving:
-                return await self._serve(request, self._next_fate(route, record), record, answer)
+                return await self._serve(request, self._next_fate(request, route, record), record, answer)
 
-    def _next_fate(self, route: str, record: Mapping[str, Any]) -> Fate:
+    def _next_fate(self, request: web.Request, route: str, record: Mapping[str, Any]) -> Fate:
         asked = self._asked[route]
         record_id = str(record["id"])
         nth = asked[record_id]
         asked[record_id] = nth + 1
-        return fate_of(self._config, route, record_id, nth)
+        fate = fate_of(self._config, route, record_id, nth)
+        if self._log is not None:
+            caller = request.headers.get("User-Agent", "")
+            self._log.append(Call(time.monotonic(), route, record_id, caller, fate.ending))
+        return fate
 
     async def _serve(
         self, request: web.Request, fate: Fate, record: dict[str, Any], answer: Answer
@@ -325,6 +352,7 @@ def make_app(config: ServiceConfig) -> web.Application:
     app.router.add_get("/api1", service.api1)
     app.router.add_post("/api2", service.api2)
     app.router.add_get("/stats", service.stats)
+    app.router.add_get("/calls", service.calls)
     return app
 
 
@@ -387,14 +415,25 @@ class EmbeddedService:
 
     def stats(self) -> dict[str, Any]:
         """What the service has seen so far. Blocks for about a millisecond."""
+        statistics: dict[str, Any] = self._asked("/stats")
+        return statistics
+
+    def calls(self, since: int = 0) -> list[Call]:
+        """The log, without its first `since` entries. Needs `ServiceConfig(log=True)`. Blocks: some µs for each."""
+        return [Call(*entry) for entry in self._asked(f"/calls?since={since}")]
+
+    def _asked(self, path: str) -> Any:
         self._running()
         connection = http.client.HTTPConnection(urlsplit(self._url).netloc, timeout=STATS_TIMEOUT)
         try:
-            connection.request("GET", "/stats")
-            statistics: dict[str, Any] = json.loads(connection.getresponse().read())
-            return statistics
+            connection.request("GET", path)
+            response = connection.getresponse()
+            answer = json.loads(response.read())
         finally:
             connection.close()
+        if response.status != 200:
+            raise RuntimeError(f"{path}: {answer['error']}")
+        return answer
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:

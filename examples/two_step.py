@@ -8,6 +8,7 @@ its key. Without options it makes 10,000 records and starts a service of its own
     python examples/two_step.py --knee 40
     python examples/two_step.py --quota 200 --quota-headers
     python examples/two_step.py --base-url http://127.0.0.1:8080 --input people.csv --output keys.jsonl
+    python examples/two_step.py --journal run.db --output keys.jsonl
 
 No limit is set: how many requests the service can take at once is measured, and the account at the end says what was
 found, what requests waited for, and what held the run back.
@@ -19,8 +20,13 @@ kill in the middle of that one write.
 
 Ctrl-C takes no more records and finishes those in flight; a second one cancels them. Either way the sums are drawn.
 
-Exit status: 0 all done; 1 wrong use, a malformed input line, an output that cannot be written; 5 some records failed;
-130 interrupted.
+With a journal, a run that was ended by anything, `kill -9` among it, goes on where it was: start it again as it was
+started before. Records whose outcome is in the journal, good or bad, are not asked for again. Their outcomes come out
+of it, so the output is written anew, and is complete once a run has come to its end. Keys must then be distinct, and
+each a text or a number. The journal knows where its records come from, and refuses those of another input or seed.
+
+Exit status: 0 all done; 1 wrong use, a malformed input line, an output or a journal that cannot be written; 5 some
+records failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -70,7 +76,9 @@ def digest(answer: dict[str, Any]) -> dict[str, Any]:
     return {"key": answer["key"], "words": len(words)}
 
 
-async def score_all(api: penstock.HttpClient, source: Source, output: Output, limit: int | None) -> Run:
+async def score_all(
+    api: penstock.HttpClient, source: Source, output: Output, limit: int | None, journal: penstock.Journal | None
+) -> Run:
     async def score(item: Item) -> dict[str, Any]:
         profile = await api.get_json("/api1", params=item.record)
         answer = await api.post_json("/api2", json=profile, idempotent=True)
@@ -80,7 +88,7 @@ async def score_all(api: penstock.HttpClient, source: Source, output: Output, li
     progress = penstock.ProgressLine(source.total)
     async with api, penstock.Executor(limit=limit, instruments=[progress]) as executor:
         with contextlib.closing(progress), ctrl_c_shuts_down(executor):
-            async with executor.as_completed(score, source, key=attrgetter("key")) as stream:
+            async with executor.as_completed(score, source, key=attrgetter("key"), journal=journal) as stream:
                 await collect(stream, output, run)
         run.ended_at = asyncio.get_running_loop().time()
     return run
@@ -91,11 +99,12 @@ async def collect(stream: penstock.Stream[penstock.Outcome[dict[str, Any]]], out
         async for outcome in stream:
             report = report_of(outcome)
             output.write(report)
-            run.count(outcome.kind, report)
+            run.count(outcome.kind, report, replayed=outcome.replayed)
     except penstock.ClosedError:
         run.stopped = True
     except BadInput as error:
         run.bad_input = error
+    output.complete()
     run.left = stream.statistics().left
 
 
@@ -209,10 +218,13 @@ class Output:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  # closed by close()
+        # Not emptied yet: a run that its journal refuses, since another one is going on, must leave that one's output.
+        self._file = open(path, "wb", buffering=0, opener=_without_emptying)  # noqa: SIM115  # closed by close()
         self._lines = self._size_bytes = 0
 
     def write(self, report: dict[str, Any]) -> None:
+        if not self._lines:
+            self.empty()
         line = json.dumps(report).encode() + b"\n"
         rest = memoryview(line)
         try:
@@ -226,15 +238,31 @@ class Output:
         self._lines += 1
         self._size_bytes += len(line)
 
+    def empty(self) -> None:
+        """Remove what an earlier run has left. The first line does so, too."""
+        with contextlib.suppress(OSError):  # a pipe, or /dev/null
+            self._file.truncate(0)
+
+    def complete(self) -> None:
+        """There are no more lines."""
+        if not self._lines:
+            self.empty()
+
     def close(self) -> None:
         self._file.close()
+
+
+def _without_emptying(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 def report_of(outcome: penstock.Outcome[dict[str, Any]]) -> dict[str, Any]:
     report = {"id": outcome.key, "ok": outcome.ok, "attempts": outcome.attempts}
     if outcome.ok:
         return report | outcome.unwrap()
-    return report | {"kind": outcome.kind, "error": f"{type(outcome.error).__name__}: {outcome.error}"}
+    # What an earlier run has recorded names the class of the error itself.
+    name = "" if isinstance(outcome.error, penstock.RecordedError) else f"{type(outcome.error).__name__}: "
+    return report | {"kind": outcome.kind, "error": f"{name}{outcome.error}"}
 
 
 # --- what held it back ---
@@ -335,14 +363,17 @@ class Run:
 
     ended: Counter[penstock.FailureKind | None] = field(default_factory=Counter)
     examples: dict[penstock.FailureKind | None, dict[str, Any]] = field(default_factory=dict)
+    replayed: Counter[penstock.FailureKind | None] = field(default_factory=Counter)
+    """Of those that ended: recorded by an earlier run."""
     left: int = 0
     stopped: bool = False
     bad_input: BadInput | None = None
     ended_at: float = 0.0
     """On the loop's clock, as the changes of a limit are."""
 
-    def count(self, kind: penstock.FailureKind | None, report: dict[str, Any]) -> None:
+    def count(self, kind: penstock.FailureKind | None, report: dict[str, Any], *, replayed: bool) -> None:
         self.ended[kind] += 1
+        self.replayed[kind] += replayed
         self.examples.setdefault(kind, report)
 
     @property
@@ -377,7 +408,10 @@ def count_what_is_left(run: Run, source: Source) -> None:
 
 def print_account(run: Run, source: Source, api: penstock.HttpClient, before: Usage, after: Usage) -> None:
     wall = after.wall - before.wall
-    print(f"{run.done} done in {wall:.2f} s: {run.done / wall:.1f} jobs/s")
+    # Those of an earlier run have cost nothing, and nobody was asked for them.
+    print(f"{run.done} done in {wall:.2f} s: {(run.done - run.replayed[None]) / wall:.1f} jobs/s")
+    if run.replayed.total():
+        print(f"{run.replayed.total()} of the outcomes are from the journal: recorded before, and not asked for again")
     for kind, report in run.examples.items():
         if kind is not None:
             print(f"{run.ended[kind]} failed ({kind}), as {report['id']!r} did: {report['error']}")
@@ -431,9 +465,10 @@ def make_parser() -> Parser:
     records.add_argument("--jobs", type=at_least_one, default=JOBS, help=f"records to make (default: {JOBS})")
     records.add_argument("--input", type=Path, help="records to read: a .jsonl or .csv file, or - for JSONL from stdin")
     parser.add_argument("--output", type=Path, help="outcomes as JSONL, one line each; an existing file is replaced")
+    parser.add_argument("--journal", type=Path, help="remembers outcomes: run again to go on after a kill")
     parser.add_argument("--limit", type=at_least_one, help="jobs that run at once (default: penstock's)")
     parser.add_argument("--base-url", help="a service that runs already; else one is started for this run")
-    add_service_flags(parser, without=("host", "port"))
+    add_service_flags(parser, without=("host", "port", "log"))
     return parser
 
 
@@ -462,6 +497,19 @@ def open_output(parser: Parser, flags: argparse.Namespace) -> Output:
         parser.error(f"--output {path}: {error.strerror}")
 
 
+def open_journal(parser: Parser, flags: argparse.Namespace) -> penstock.Journal | None:
+    path: Path | None = flags.journal
+    if path is None:
+        return None
+    for name in ("input", "output"):
+        other: Path | None = getattr(flags, name)
+        if other is not None and other.resolve() == path.resolve():
+            parser.error(f"--journal {path}: is the {name}, too")
+    # Records of another origin may have the same ids.
+    records = {"seed": flags.seed} if flags.input is None else {"input": str(flags.input)}
+    return penstock.Journal(path, params=records)
+
+
 def open_client(parser: Parser, base_url: str) -> penstock.HttpClient:
     try:
         return penstock.HttpClient(base_url, retry=RETRY)
@@ -472,8 +520,11 @@ def open_client(parser: Parser, base_url: str) -> penstock.HttpClient:
 def run_and_account(parser: Parser, flags: argparse.Namespace, stack: contextlib.ExitStack) -> int:
     config = config_from(parser, flags)
     source = open_source(parser, flags, stack)
+    journal = open_journal(parser, flags)
     api = None if flags.base_url is None else open_client(parser, flags.base_url)
     output = stack.enter_context(contextlib.closing(open_output(parser, flags)))
+    if journal is None:
+        output.empty()
     service = None
     if api is None:
         service = stack.enter_context(EmbeddedService(config))
@@ -482,7 +533,7 @@ def run_and_account(parser: Parser, flags: argparse.Namespace, stack: contextlib
     # Failures are in the output, and an example of each kind in the account; tracebacks are for bugs.
     logging.getLogger("penstock.jobs").setLevel(logging.ERROR)
     before = usage(service)
-    run = asyncio.run(score_all(api, source, output, flags.limit))
+    run = asyncio.run(score_all(api, source, output, flags.limit, journal))
     after = usage(service)
     count_what_is_left(run, source)
     print_account(run, source, api, before, after)
@@ -495,7 +546,7 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             return run_and_account(parser, flags, stack)
-    except BadOutput as error:
+    except (BadOutput, penstock.JournalError) as error:
         return complain(str(error))
     except KeyboardInterrupt:
         return 130

@@ -7,12 +7,15 @@ import os
 import pickle
 import runpy
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
 from base64 import b64decode
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,11 @@ import pytest
 
 from penstock import cli
 from penstock.cli import main
-from penstock.journal.database import open_to_write
+from penstock.journal.database import open_to_write, version_of_penstock
 from penstock.journal.lock import Lock
 from penstock.journal.reading import Reading
-from penstock.journal.schema import ITEM_COLUMNS, Row, State, checksum, lock_of, side_file_of
+from penstock.journal.schema import INLINE_BYTES, ITEM_COLUMNS, Row, State, checksum, lock_of, side_file_of
+from penstock.journal.side_file import SideFile
 
 RECORDED = 1_767_225_600.25  # 2026-01-01
 FINGERPRINT = '{"job": "score", "version": "2", "params": {"model": "x"}, "codec": "json"}'
@@ -136,13 +140,31 @@ def test_status_tells_whether_a_run_goes_on(path: str, capsys: pytest.CaptureFix
     """Or has come to its end, or was killed, or whether none has begun."""
     with run(path):
         assert main(["status", path]) == 0
-        assert "goes on on here, process 7\n" in capsys.readouterr().out
+        assert "goes on, process 7 on host here\n" in capsys.readouterr().out
     assert main(["status", path]) == 0
     assert "came to the end of its items" in capsys.readouterr().out
     for statement, told in (("UPDATE run SET ended = NULL", "its process died"), ("DELETE FROM run", "runs      0")):
         change(path, statement)
         assert main(["status", path]) == 0
         assert told in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody is asked whether a process lives")
+def test_status_does_not_say_of_a_dead_process_that_it_goes_on(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Though somebody has the lock: who begins, and checks the file first, or who compacts it."""
+    record(path, [])
+    lock = Lock(path)
+    change(path, f"UPDATE run SET ended = NULL, host = '{socket.gethostname()}', pid = {2**31 - 1}")
+    lock.take()
+    busy = "; somebody opens the journal now, or works on it\n"
+    assert main(["status", path]) == 0
+    assert f"died (process 2147483647 on host {socket.gethostname()}){busy}" in capsys.readouterr().out
+    change(path, "UPDATE run SET ended = 1.5")
+    assert main(["status", path]) == 0
+    assert f"came to the end of its items{busy}" in capsys.readouterr().out
+    lock.release()
+    assert main(["status", path]) == 0
+    assert "came to the end of its items\n" in capsys.readouterr().out
 
 
 # --- report, dead, export ---
@@ -186,6 +208,23 @@ def test_dead_has_a_line_for_each_dead_letter(path: str, capsys: pytest.CaptureF
     assert row_a[header.index("input")] == '{"id": 1}'
 
 
+@pytest.mark.parametrize("codec", [None, "json", "pickle"])
+def test_a_large_input_is_shown_from_the_side_file(
+    path: str, codec: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever wrote it."""
+    item = "é" * INLINE_BYTES
+    data = pickle.dumps(item) if codec == "pickle" else json.dumps(item).encode()
+    file = SideFile(side_file_of(path))
+    offset, size, crc = file.append(data)
+    file.close()
+    place: dict[str, Any] = {"file_offset": offset, "file_size": size, "file_crc": crc}
+    record(path, [failed("a", input=b"" if codec == "pickle" else "", **place)])
+    assert main(["dead", path, *(["--codec", codec] if codec else [])]) == 0
+    (line,) = lines_of(capsys.readouterr().out)
+    assert line["input"] == item
+
+
 def test_export_has_a_line_for_each_result(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Values as JSON, or else as they are recorded. What is not done has no result."""
     pickled = pickle.dumps({1})
@@ -199,7 +238,9 @@ def test_export_has_a_line_for_each_result(path: str, capsys: pytest.CaptureFixt
         ],
     )
     assert main(["export", path]) == 0
-    first, second, third = lines_of(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    first, second, third = lines_of(out)
+    assert err == ("penstock: 2 values are no JSON: base64 of what is recorded. Give --codec, that of the run\n")
     assert first == {"key": "a", "value": {"x": "\u2028"}}
     assert (b64decode(second["key_base64"]), b64decode(second["value_base64"])) == (b"b", pickled)
     assert b64decode(third["value_base64"]) == b"[NaN, no"
@@ -212,18 +253,86 @@ def test_export_has_a_line_for_each_result(path: str, capsys: pytest.CaptureFixt
 def test_values_are_read_by_the_codec_that_is_named(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A module, or something in one, of the working directory too. What JSON cannot write stays as it is recorded."""
-    record(path, [row("a", State.DONE, result=pickle.dumps((1, "x"))), row("b", State.DONE, result=pickle.dumps({1}))])
+    """A module, or something in one, of the working directory too. What has no form in JSON stays as it is recorded."""
+    pickled = pickle.dumps(1j)
+    record(path, [row("a", State.DONE, result=pickle.dumps((1, "x"))), row("b", State.DONE, result=pickled)])
     (tmp_path / "our_codec.py").write_text("import pickle\nclass Ours:\n    loads = staticmethod(pickle.loads)\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     for codec in ("pickle", "our_codec:Ours"):
         assert main(["export", path, "--codec", codec]) == 0
-        first, second = lines_of(capsys.readouterr().out)
+        out, err = capsys.readouterr()
+        first, second = lines_of(out)
         assert first == {"key": "a", "value": [1, "x"]}
-        assert b64decode(second["value_base64"]) == pickle.dumps({1})
+        assert b64decode(second["value_base64"]) == pickled
+        assert err == "penstock: 1 values hold what has no form in JSON: base64 of what is recorded\n"
     assert sys.path == before
     del sys.modules["our_codec"]
+
+
+def test_values_that_json_does_not_know_are_shown_as_it_can(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As text, objects and lists, in CSV too: what a codec such as pickle was chosen for."""
+    value = {"when": datetime(2026, 1, 2, tzinfo=UTC), "price": Decimal("1.10"), "tags": {"b", "a"}, "raw": b"\xff"}
+    record(path, [row("a", State.DONE, result=pickle.dumps(value)), failed("b", input=pickle.dumps(value))])
+    shown = {"when": "2026-01-02T00:00:00+00:00", "price": "1.10", "tags": ["a", "b"], "raw": {"base64": "/w=="}}
+    assert main(["export", path, "--codec", "pickle"]) == 0
+    assert main(["dead", path, "--codec", "pickle"]) == 0
+    out, err = capsys.readouterr()
+    exported, letter = lines_of(out)
+    assert exported["value"] == shown == letter["input"]
+    assert err == ""
+    assert main(["export", path, "--codec", "pickle", "--format", "csv"]) == 0
+    (line,) = csv.DictReader(io.StringIO(capsys.readouterr().out, newline=""))
+    assert json.loads(line["value"]) == shown
+
+
+def test_nan_is_told_of(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is written as Python writes it, which others refuse; a null would be another value."""
+    record(path, [row("a", State.DONE, result="[NaN, 1]"), row("b", State.DONE, result="1")])
+    assert main(["export", path]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == '{"key": "a", "value": [NaN, 1]}'
+    assert err == "penstock: 1 values hold NaN or infinities, which strict JSON refuses\n"
+
+
+def test_a_number_that_python_would_not_write_stays_as_it_is_recorded(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of more digits than it converts."""
+    record(path, [row("a", State.DONE, result=pickle.dumps(10**5000))])
+    assert main(["export", path, "--codec", "pickle"]) == 0
+    (line,) = lines_of(capsys.readouterr().out)
+    assert b64decode(line["value_base64"]) == pickle.dumps(10**5000)
+
+
+def test_a_class_of_the_working_directory_is_found(path: str, tmp_path: Path) -> None:
+    """By the command of an installed package too, which does not look there by itself."""
+    (tmp_path / "our_types.py").write_text("import dataclasses\n@dataclasses.dataclass\nclass Price:\n    total: int\n")
+    write = "import our_types, pickle, sys; sys.stdout.buffer.write(pickle.dumps(our_types.Price(7)))"
+    pickled = subprocess.run([sys.executable, "-c", write], cwd=tmp_path, capture_output=True, check=True, timeout=20)
+    record(path, [row("a", State.DONE, result=pickled.stdout)])
+    command = "import sys; sys.path.remove(''); from penstock.cli import main; sys.exit(main())"
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "export", path, "--codec", "pickle"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=20,
+    )  # fmt: skip
+    assert (ended.returncode, lines_of(ended.stdout)) == (0, [{"key": "a", "value": {"total": 7}}])
+
+
+def test_a_class_of_the_script_itself_is_told_from_a_wrong_codec(
+    path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The codec was right: what has to be done is something else."""
+    (tmp_path / "script.py").write_text(
+        "import pickle, sys\nclass Price:\n    pass\nsys.stdout.buffer.write(pickle.dumps(Price()))\n"
+    )
+    pickled = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, check=True, timeout=20)
+    record(path, [row("a", State.DONE, result=pickled.stdout)])
+    assert main(["export", path, "--codec", "pickle"]) == 1
+    err = capsys.readouterr().err
+    assert "--codec pickle cannot read the result of 'a' (AttributeError" in err
+    assert "belongs to __main__" in err
+    assert "put it into a module" in err
 
 
 @pytest.mark.parametrize(
@@ -233,7 +342,7 @@ def test_values_are_read_by_the_codec_that_is_named(
         ("json:nothing", "AttributeError"),
         ("", "Expected module or module:name"),
         ("math", "has no loads"),
-        ("pickle", "cannot read what is recorded"),
+        ("pickle", "cannot read the result of 'a' (TypeError"),
     ],
 )
 def test_a_codec_that_cannot_be_used_is_refused(
@@ -329,6 +438,7 @@ def test_compact_tells_what_it_has_come_to(path: str, capsys: pytest.CaptureFixt
         (["fly", "run.db"], "invalid choice: 'fly'"),
         (["export", "run.db", "--format", "xml"], "invalid choice: 'xml'"),
         (["status", "none.db"], "none.db: does not exist."),
+        (["retry", "none.db", "--where", ""], "where is empty: expected which dead items are meant"),
         (["export", "none.db", "--output", "nowhere/out"], "none.db: does not exist."),
     ],
 )
@@ -348,10 +458,16 @@ def test_wrong_use_is_one_line_and_status_1(
 def test_an_output_that_cannot_be_written_is_an_error(
     path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that there is not."""
+    """In a folder that there is not, or a folder itself: it is named as the user has named it."""
     record(path, [])
-    assert main(["export", path, "--output", str(tmp_path / "nowhere" / "out")]) == 1
-    assert "No such file or directory" in capsys.readouterr().err
+    output = str(tmp_path / "nowhere" / "out")
+    assert main(["export", path, "--output", output]) == 1
+    assert capsys.readouterr().err == (
+        f"penstock: error: --output {output}: cannot be written: there is no folder {tmp_path / 'nowhere'}. Choose "
+        f"another name.\n"
+    )
+    assert main(["export", path, "--output", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith(f"penstock: error: --output {tmp_path}: cannot be written: ")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is full")
@@ -362,6 +478,14 @@ def test_a_full_disk_is_an_error(path: str) -> None:
         ended = subprocess.run([*COMMAND, "export", path], stdout=file, stderr=subprocess.PIPE, text=True, timeout=20)
     assert ended.returncode == 1
     assert ended.stderr == "penstock: error: [Errno 28] No space left on device\n"
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """As other commands tell it."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"penstock {version_of_penstock()}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["status"], ["report"], ["dead"], ["export"], ["retry"], ["compact"]])

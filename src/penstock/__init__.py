@@ -51,7 +51,7 @@ from penstock.gate.retry import Retry
 from penstock.gate.service import KeyStatistics
 from penstock.histogram import Distribution
 from penstock.instruments.progress import ProgressLine
-from penstock.journal.dead import DeadLetter, dead
+from penstock.journal.letters import DeadLetter, dead, results
 from penstock.journal.options import Codec, Journal
 from penstock.journal.steps import idempotency_key, step
 from penstock.outcome import FailureKind, Outcome, classify
@@ -134,6 +134,7 @@ __all__ = [
     "idempotency_key",
     "job",
     "pull_in_thread",
+    "results",
     "run",
     "spend",
     "step",

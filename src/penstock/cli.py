@@ -27,11 +27,14 @@ from typing import Any, NoReturn, TextIO
 
 from penstock.errors import PenstockError, UsageError, first_line
 from penstock.journal.completion import write_completion
-from penstock.journal.dead import dead_letter
+from penstock.journal.database import version_of_penstock
+from penstock.journal.letters import dead_letter
 from penstock.journal.lines import FORMATS, Lines
+from penstock.journal.lock import is_held
 from penstock.journal.options import JSON, Codec
-from penstock.journal.reading import Reading
-from penstock.journal.schema import State, lock_of, side_file_of
+from penstock.journal.plain import as_json
+from penstock.journal.reading import Reading, Run
+from penstock.journal.schema import Key, State, lock_of, side_file_of
 from penstock.journal.upkeep import compact, retry
 
 DONE, WRONG, INTERRUPTED = 0, 1, 130
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; None are those of the process.
 
     Raises:
-        SystemExit: after `--help`, as argparse does it.
+        SystemExit: after `--help` and `--version`, as argparse does it.
     """
     try:
         if isinstance(sys.stdout, TextIOWrapper):
@@ -104,15 +107,26 @@ def _run_lines(reading: Reading) -> Iterator[tuple[str, str]]:
     yield "runs", f"{len(runs):,}"
     if not runs:
         return
-    last, where = runs[-1], f"on {runs[-1].host}, process {runs[-1].pid}"
-    if last.ended is not None:
-        how = "came to the end of its items" if last.stopped is None else f"stopped: {last.stopped}"
-        told = f"began {last.started}, ended {last.ended}, {how}"
-    elif reading.going_on() == last:
-        told = f"began {last.started}, goes on {where}"
+    last = runs[-1]
+    if reading.going_on() == last:
+        how = f"goes on, {_process_of(last)}"
     else:
-        told = f"began {last.started}, its process died {where}; start it again, and it goes on from here"
-    yield "last run", told
+        how = _how_it_ended(last)
+        if is_held(reading.path):
+            how += "; somebody opens the journal now, or works on it"
+        elif last.ended is None:
+            how += "; start it again, and it goes on from here"
+    yield "last run", f"began {last.started}, {how}"
+
+
+def _how_it_ended(run: Run) -> str:
+    if run.ended is None:
+        return f"its process died ({_process_of(run)})"
+    return f"ended {run.ended}, " + (f"stopped: {run.stopped}" if run.stopped else "came to the end of its items")
+
+
+def _process_of(run: Run) -> str:
+    return f"process {run.pid} on host {run.host}"
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -121,8 +135,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _dead(arguments: argparse.Namespace) -> None:
-    codec = _Values(arguments.codec)
-    with Reading(arguments.journal) as reading, _output(arguments) as file:
+    with Reading(arguments.journal) as reading, _values(arguments) as values, _output(arguments) as file:
         lines = Lines(file, arguments.format, DEAD_COLUMNS, anything=("input",))
         for row in reading.rows(State.DEAD, State.UNKNOWN):
             letter = dead_letter(reading, row._replace(input=None))
@@ -136,7 +149,7 @@ def _dead(arguments: argparse.Namespace) -> None:
                     "message": letter.message,
                     "attempts": letter.attempts,
                     "recorded": reading.recorded(row),
-                    "input": codec.shown(row.input),
+                    "input": values.shown("input", row.key, reading.input_data(row)),
                     "shown_input": letter.shown_input,
                     "answer": _text_if_it_is(letter.answer) if letter.answer else None,
                 }
@@ -144,11 +157,11 @@ def _dead(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    codec = _Values(arguments.codec)
-    with Reading(arguments.journal, skip_damaged=arguments.skip_damaged) as reading, _output(arguments) as file:
+    reading = Reading(arguments.journal, skip_damaged=arguments.skip_damaged)
+    with reading, _values(arguments) as values, _output(arguments) as file:
         lines = Lines(file, arguments.format, EXPORT_COLUMNS, anything=("value",))
         for row, data in reading.results():
-            lines.write({"key": row.key, "value": codec.shown(data)})
+            lines.write({"key": row.key, "value": values.shown("result", row.key, data)})
     if reading.damaged:
         sys.stderr.write(f"penstock: {reading.damaged:,} damaged items were left out\n")
 
@@ -166,6 +179,27 @@ def _compact(arguments: argparse.Namespace) -> None:
 # --- values ---
 
 
+@contextmanager
+def _values(arguments: argparse.Namespace) -> Iterator["_Values"]:
+    """What shows values as the arguments say, and says at the end what it could not show.
+
+    Raises:
+        UsageError: there is no such codec.
+    """
+    if arguments.codec is None:
+        yield (values := _Values(None))
+    else:
+        # As `python -m` does, which the command of an installed package does not: the codec is the user's, and so are
+        # the classes that a pickle names.
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
+        try:
+            yield (values := _Values(arguments.codec))
+        finally:
+            sys.path.remove(folder)
+    values.tell()
+
+
 class _Values:
     """Recorded values as JSON shows them.
 
@@ -179,43 +213,77 @@ class _Values:
     def __init__(self, name: str | None) -> None:
         self._told = name
         self._codec = JSON if name is None else _codec(name)
+        self._as_recorded = 0
+        self._lenient = 0
 
-    def shown(self, data: str | bytes | None) -> Any:
-        """The value; or what is recorded, as bytes, where it is none that JSON can write.
+    def shown(self, what: str, key: Key | None, data: str | bytes | None) -> Any:
+        """The value; or what is recorded, as bytes, where it has no form in JSON.
+
+        Args:
+            what: the value is, of the item with this key.
 
         Raises:
             UsageError: the codec that was asked for cannot read it.
         """
         if data is None:
             return None
-        stored = data.encode() if isinstance(data, str) else data
         try:
             value = self._codec.loads(data)
         except Exception as error:
-            if self._told is None:
-                return stored
-            raise UsageError(
-                f"--codec {self._told} cannot read what is recorded ({first_line(error)}). Give the codec that the "
-                f"run was given; without --codec, values that are no JSON are written as base64."
-            ) from error
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError, RecursionError):
-            return stored
-        return value
+            if self._told is not None:
+                raise UsageError(f"--codec {self._told} cannot read the {what} of {key!r:.80}{_why(error)}") from error
+        else:
+            with suppress(TypeError, ValueError, RecursionError):
+                plain = value if self._told is None else as_json(value)
+                self._lenient += not _is_strict(plain)
+                return plain
+        self._as_recorded += 1
+        return data.encode() if isinstance(data, str) else data
+
+    def tell(self) -> None:
+        """Say on standard error what a reader might not expect."""
+        if self._as_recorded:
+            why = "are no JSON" if self._told is None else "hold what has no form in JSON"
+            cure = ". Give --codec, that of the run" if self._told is None else ""
+            sys.stderr.write(f"penstock: {self._as_recorded:,} values {why}: base64 of what is recorded{cure}\n")
+        if self._lenient:
+            sys.stderr.write(f"penstock: {self._lenient:,} values hold NaN or infinities, which strict JSON refuses\n")
+
+
+def _is_strict(value: Any) -> bool:
+    """Whether it is JSON to everybody, and not to Python alone.
+
+    Raises:
+        ValueError, RecursionError: it is none at all.
+    """
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        json.dumps(value)
+        return False
+    return True
+
+
+def _why(error: Exception) -> str:
+    found = first_line(error)
+    if "__main__" in found:
+        return (
+            f" ({found}). A class that is defined in the script which is run belongs to __main__, and no other program "
+            f"finds it there: put it into a module, and have the script import that."
+        )
+    return (
+        f" ({found}). Give the codec that the run was given; without --codec, values that are no JSON are written as "
+        f"base64."
+    )
 
 
 def _codec(told: str) -> Codec:
     module, _, name = told.partition(":")
-    # As `python -m` does, which the command of an installed package does not: the codec is the user's.
-    sys.path.insert(0, os.getcwd())
     try:
         found = import_module(module)
         codec: Codec = attrgetter(name)(found) if name else found
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--codec {told}: {first_line(error)}. Expected module or module:name.") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(getattr(codec, "loads", None)):
         raise UsageError(f"--codec {told}: has no loads(). Expected a codec, such as pickle or orjson.")
     return codec
@@ -240,7 +308,7 @@ def _output(arguments: argparse.Namespace) -> Iterator[TextIO]:
     """Standard output; or a file, which gets its name once it is complete.
 
     Raises:
-        UsageError: the file is the journal's own.
+        UsageError: the file is the journal's own, or cannot be made.
     """
     if arguments.output is None:
         yield sys.stdout
@@ -250,12 +318,12 @@ def _output(arguments: argparse.Namespace) -> Iterator[TextIO]:
     if name in (journal, f"{journal}-wal", f"{journal}-shm", lock_of(journal), side_file_of(journal)):
         raise UsageError(f"--output {arguments.output}: belongs to the journal. Choose another name.")
     if os.path.exists(name) and not os.path.isfile(name):  # /dev/null, a pipe: nothing that could be replaced
-        with open(name, "w", encoding="utf-8", newline="") as file:
+        with _made(name, arguments.output) as file:
             yield file
         return
     draft = f"{name}.{os.getpid()}.part"
     try:
-        with open(draft, "w", encoding="utf-8", newline="") as file:
+        with _made(draft, arguments.output) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -264,6 +332,16 @@ def _output(arguments: argparse.Namespace) -> Iterator[TextIO]:
         with suppress(OSError):
             os.remove(draft)
         raise
+
+
+def _made(name: str, told: str) -> TextIO:
+    """The file of that name, which the user calls otherwise."""
+    try:
+        return open(name, "w", encoding="utf-8", newline="")
+    except OSError as error:
+        folder = os.path.dirname(name)
+        why = error.strerror if os.path.isdir(folder) else f"there is no folder {folder}"
+        raise UsageError(f"--output {told}: cannot be written: {why}. Choose another name.") from error
 
 
 def _let_go_of_output() -> None:
@@ -287,6 +365,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="penstock", description="Look into the journal of a run, or do something with it.")
+    parser.add_argument("--version", action="version", version=f"penstock {version_of_penstock()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, command: Callable[[argparse.Namespace], None], summary: str, more: str) -> _Parser:
@@ -329,6 +408,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _HOW_WRITTEN = (
-    "In JSON lines and CSV, bytes are base64 in a field of their own, such as key_base64; values that are no JSON are "
-    "given as they are recorded, as value_base64. In CSV, values are JSON. May be used while a run writes."
+    "In JSON lines and CSV, bytes are base64 in a field of their own, such as key_base64. Dates, decimals, sets, "
+    "dataclasses and the like are shown as JSON can; a value that has no form in it is given as it is recorded, as "
+    "value_base64. In CSV, values are JSON. May be used while a run writes."
 )

@@ -42,6 +42,10 @@ class Account(Protocol):
         """So much more, by unit. Any thread; does not block."""
         ...
 
+    def attempt(self) -> None:
+        """One more attempt of a round trip. Loop thread only."""
+        ...
+
 
 class Recorder(Protocol):
     """Who records what becomes of items. Loop thread only."""
@@ -109,6 +113,13 @@ class RunningJob:
             if payer.reader is None:
                 return
             payer = payer.reader
+
+    def count_attempt(self) -> None:
+        """It has begun an attempt of a round trip. Loop thread only."""
+        payer = self.root or self
+        payer.attempts += 1
+        if payer.account is not None:
+            payer.account.attempt()
 
     def __repr__(self) -> str:
         if self.key is not None:

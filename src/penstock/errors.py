@@ -30,6 +30,8 @@ Every exception can be pickled: all its data stand in `args`.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from penstock.outcome import Outcome
 
 
@@ -171,8 +173,8 @@ class AllFailed(PenstockError):
     def __str__(self) -> str:
         return (
             f"the first {self.count:,} jobs all failed, the first one by {self.first!r}. As a rule the URL or the key "
-            f'is wrong, or the job is; correct it and run again, with a journal by resume="failed". fail_fast=None goes '
-            f"on whatever fails."
+            f'is wrong, or the job is; correct it and run again, with a journal by resume="failed". '
+            f"fail_fast=None goes on whatever fails."
         )
 
 
@@ -246,6 +248,11 @@ class JournalError(PenstockError):
         self.message = message
         self.unrecorded = unrecorded
 
+    def hold(self, outcomes: "Iterable[Outcome[Any]]") -> None:
+        """Keep outcomes that could not be recorded."""
+        self.unrecorded = tuple(outcomes)
+        self.args = self.message, self.unrecorded
+
     def __str__(self) -> str:
         count = len(self.unrecorded)
         held = f" {count:,} outcomes could not be recorded: `error.unrecorded` holds them." if count else ""
@@ -267,6 +274,10 @@ def in_figures(amount: float) -> str:
     return f"{amount:,.0f}" if 1e5 <= amount < 1e15 else f"{amount:,.6g}"
 
 
+LONGEST_LINE = 200
+"""Characters of an error in a log or a report. Arbitrary, because: two lines of a terminal."""
+
+
 def first_line(error: BaseException) -> str:
     """Class and first line of the message, at most 200 characters. An error that cannot be shown says so.
 
@@ -276,8 +287,9 @@ def first_line(error: BaseException) -> str:
         message = error.message if isinstance(error, RecordedError) else str(error)
     except Exception:  # noqa: BLE001  # an exception class of the user's: its mistake must not end the run
         message = "<its __str__ raised an error>"
-    start = message.lstrip()[:200].splitlines()
-    return f"{name_of_class(error)}: {start[0]}"[:200] if start else name_of_class(error)
+    start = message.lstrip()[: LONGEST_LINE + 1].splitlines()
+    line = f"{name_of_class(error)}: {start[0]}" if start else name_of_class(error)
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..."
 
 
 def name_of_class(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from penstock.errors import InternalError, SkipItem, UsageError, first_line, in_figures, name_of_class, status_of
+from penstock.errors import InternalError, SkipItem, UsageError, first_line, in_figures, status_of
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, Outcome
 
@@ -118,8 +118,8 @@ class Report:
         thread. In async code, `await asyncio.to_thread(report.verify)`.
 
         Args:
-            keys: those of all items, as `key=` gives them: with a journal, each that was not left must have a state
-                there, and those that have none are named.
+            keys: those of all items, as `key=` gives them: with a journal, each must have a state there, and those
+                that have none are named, also where the run was stopped before it came to them.
 
         Raises:
             InternalError: read = done + failed + skipped + left does not hold, the failures do not add up, or more
@@ -141,7 +141,7 @@ class Report:
 
             prove_counts(self.journal, ended - self.duplicates)
             if keys is not None:
-                prove_keys(self.journal, keys, self.left)
+                prove_keys(self.journal, keys)
         elif keys is not None:
             raise UsageError("report.verify(keys) found a run without a journal: nothing knows which keys it had.")
 
@@ -279,5 +279,8 @@ class Tally:
 
 def _reason(error: BaseException) -> str:
     """What an error has in common with others of its cause: messages and addresses often hold the record's number."""
+    line = first_line(error)
     status = status_of(error)
-    return re.sub(r"\d+", "#", first_line(error)) if status is None else f"{name_of_class(error)} {status}"
+    if status is not None:  # what the answer says may name the record; what was asked for is told apart
+        line = f"{line.partition(' -> ')[0].partition('?')[0]} {status}"
+    return re.sub(r"\d+", "#", line)

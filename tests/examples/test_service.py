@@ -13,10 +13,12 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import aiohttp
 import pytest
@@ -216,7 +218,7 @@ def test_what_a_quota_tells_is_true_between_the_requests_too() -> None:
     assert quota.headers(100.0)["RateLimit"] == '"default";r=20;t=0'
 
 
-@pytest.mark.parametrize("config", [QUIET, ServiceConfig(quota=5.0, quota_headers=True)])
+@pytest.mark.parametrize("config", [QUIET, ServiceConfig(quota=5.0, quota_headers=True, log=True)])
 def test_the_flags_of_a_configuration_give_it_back(config: ServiceConfig) -> None:
     parser = argparse.ArgumentParser()
     add_service_flags(parser)
@@ -272,6 +274,32 @@ def test_the_configuration_is_a_plain_value() -> None:
         ServiceConfig(errors=0.6, drops=0.6)
     with pytest.raises(ValueError, match="latency"):
         ServiceConfig(latency=-1)
+
+
+def test_the_log_tells_each_request_in_the_order_of_arrival() -> None:
+    """Route, record, who asked and how it ended; none that is about no record; from wherever one has read to."""
+    with EmbeddedService(replace(QUIET, log=True)) as service:
+        for number, caller in ((7, "one"), (8, "two"), (7, "two")):
+            request = Request(f"{service.url}/api1?id={number}", headers={"User-Agent": caller})
+            urlopen(request, timeout=BOUND).close()
+        with pytest.raises(HTTPError, match="400") as refused:
+            urlopen(f"{service.url}/api1", timeout=BOUND)
+        refused.value.close()
+        calls = service.calls()
+        assert [call[1:] for call in calls] == [
+            ("/api1", "7", "one", "answer"),
+            ("/api1", "8", "two", "answer"),
+            ("/api1", "7", "two", "answer"),
+        ]
+        assert calls == sorted(calls)
+        assert service.calls(2) == calls[2:]
+        assert service.calls(3) == []
+
+
+def test_no_log_is_kept_unless_it_is_asked_for() -> None:
+    """A service that runs for long must not fill the memory."""
+    with EmbeddedService(QUIET) as service, pytest.raises(RuntimeError, match="--log"):
+        service.calls()
 
 
 def refuses_connections(url: str) -> bool:

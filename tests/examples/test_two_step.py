@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -474,6 +476,123 @@ def test_an_interrupted_run_counts_the_rest_of_its_file(tmp_path: Path, silent_s
     assert "in.jsonl, line 1001: not JSON" in ended.stderr
 
 
+# --- the journal ---
+
+
+def without_port(ended: Ended) -> list[str]:
+    """The lines, in an order of their own, as if all services had the same port."""
+    return sorted(re.sub(r"127\.0\.0\.1:\d+", "service", json.dumps(line)) for line in ended.lines)
+
+
+def test_a_run_that_is_killed_and_resumed_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """Killed again and again at random moments, it leaves one line for each record in the end, and the sums hold.
+
+    The service is killed with it, and what it answers follows from record and seed: so each line must be the same as in
+    a run that was left in peace, failures with their attempts and messages among them.
+    """
+    flags = ("--jobs=1200", "--latency=0.01", "--errors=0.02", "--malformed=0.02", "--limit=32")
+    (tmp_path / "peace").mkdir()
+    expected = run(tmp_path / "peace", *flags)
+    chance = Random(5)
+    before = 0
+    for _ in range(3):
+        with running(tmp_path, *flags, f"--journal={tmp_path / 'run.db'}") as program:
+            # First the outcomes of earlier runs, then new ones.
+            program.until_lines(before + chance.randint(1, 150))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                program.process.wait(chance.uniform(0, 0.2))
+            program.process.kill()
+            ended = program.ended(killed=True)
+        assert len(ended.by_id) == len(ended.lines) >= before
+        before = len(ended.lines)
+    ended = run(tmp_path, *flags, f"--journal={tmp_path / 'run.db'}")
+    assert (ended.status, ended.sums) == (5, expected.sums)
+    check_every_record_once(ended, 1200)
+    assert without_port(ended) == without_port(expected)
+    found = re.search(r"^(\d+) of the outcomes are from the journal", ended.stdout, re.MULTILINE)
+    assert found, ended.stdout
+    assert before <= int(found[1]) < 1200
+
+
+def check_every_record_once(ended: Ended, jobs: int) -> None:
+    assert sorted(line["id"] for line in ended.lines) == list(range(1, jobs + 1))
+
+
+def test_a_journal_without_anything_left_to_do_writes_the_output_again(tmp_path: Path, quiet_url: str) -> None:
+    """Nobody is asked for anything, and so nothing is said of the service and its speed."""
+    flags = ("--jobs=100", f"--base-url={quiet_url}", f"--journal={tmp_path / 'run.db'}")
+    first = run(tmp_path, *flags)
+    (tmp_path / "output.jsonl").write_text("torn")
+    again = run(tmp_path, *flags)
+    assert (first.status, again.status, again.sums) == (0, 0, (100, 100, 0, 0))
+    assert without_port(first) == without_port(again)
+    assert re.search(r"^100 done in .* s: 0\.0 jobs/s$", again.stdout, re.MULTILINE)
+    assert "100 of the outcomes are from the journal" in again.stdout
+    assert "requests" not in again.stdout
+    assert "from the journal" not in first.stdout
+
+
+def test_more_records_may_follow_in_a_later_run(tmp_path: Path, quiet_url: str) -> None:
+    """What is recorded is known by its key, so the input may have grown."""
+    flags = (f"--base-url={quiet_url}", f"--journal={tmp_path / 'run.db'}")
+    run(tmp_path, "--jobs=50", *flags)
+    ended = run(tmp_path, "--jobs=80", *flags)
+    assert (ended.status, ended.sums) == (0, (80, 80, 0, 0))
+    check_made_records(ended, 80)
+    assert "50 of the outcomes are from the journal" in ended.stdout
+
+
+def test_an_interrupted_run_is_resumed_as_well(tmp_path: Path) -> None:
+    """What Ctrl-C has let finish is not asked for again."""
+    with EmbeddedService(replace(QUIET, latency=0.03)) as service:
+        flags = ("--jobs=1000", "--limit=32", f"--base-url={service.url}", f"--journal={tmp_path / 'run.db'}")
+        with running(tmp_path, *flags) as program:
+            program.until_lines(1)  # one commit at a time: there are many more at once
+            program.interrupt()
+            interrupted = program.ended()
+        taken, done, failed, left = interrupted.sums
+        assert (interrupted.status, taken, failed) == (130, 1000, 0)
+        assert left > 0
+        assert len(interrupted.lines) == done
+        ended = run(tmp_path, *flags)
+        assert (ended.status, ended.sums) == (0, (1000, 1000, 0, 0))
+        assert service.stats()["requests"] == {"/api1": 1000, "/api2": 1000}
+    check_made_records(ended, 1000)
+
+
+def test_input_is_read_as_it_comes_with_a_journal_too(tmp_path: Path, quiet_url: str) -> None:
+    """Outcomes of records from a pipe do not wait for further records."""
+    flags = ("--input=-", f"--base-url={quiet_url}", f"--journal={tmp_path / 'run.db'}")
+    with running(tmp_path, *flags) as program:
+        assert program.process.stdin is not None
+        for number in (1, 2, 3):
+            program.process.stdin.write(b'{"id": %d}\n' % number)
+            program.process.stdin.flush()
+            program.until_lines(number)
+        ended = program.ended()
+    assert (ended.status, ended.sums) == (0, (3, 3, 0, 0))
+
+
+def test_a_run_that_is_refused_by_its_journal_leaves_the_output_alone(tmp_path: Path) -> None:
+    """Started twice, the second run says who has the journal; of other records, that it is not theirs."""
+    journal = f"--journal={tmp_path / 'run.db'}"
+    with EmbeddedService(replace(QUIET, latency=0.03)) as service:
+        url = f"--base-url={service.url}"
+        with running(tmp_path, "--jobs=500", url, journal, "--limit=32") as first:
+            first.until_lines(1)
+            with running(tmp_path, "--jobs=500", url, journal) as second:
+                refused = second.ended()
+            assert refused.status == 1
+            assert f"process {first.process.pid} " in refused.stderr
+            ended = first.ended()
+        assert (ended.status, ended.sums) == (0, (500, 500, 0, 0))
+        check_made_records(ended, 500)
+        other = run(tmp_path, "--jobs=500", url, journal, "--seed=1")
+    assert other.status == 1
+    assert f"two_step.py: error: {tmp_path / 'run.db'}" in other.stderr
+    check_made_records(other, 500)
+
+
 # --- the command line ---
 
 
@@ -489,6 +608,8 @@ def test_an_interrupted_run_counts_the_rest_of_its_file(tmp_path: Path, silent_s
         (["--input=given.txt"], "ends in .jsonl or .csv"),
         (["--input=given.jsonl", "--jobs=3"], "not allowed with argument"),
         (["--input=given.jsonl", "--output=./given.jsonl"], "is the input, too"),
+        (["--input=given.jsonl", "--journal=./given.jsonl"], "is the input, too"),
+        (["--journal=run.db", "--output=./run.db"], "is the output, too"),
         (["--output=nowhere/keys.jsonl"], "--output nowhere/keys.jsonl: No such file"),
         (["--base-url=localhost:8080"], "--base-url localhost:8080: "),
         (["--base-url=http://localhost:99999"], "--base-url http://localhost:99999: "),

@@ -583,7 +583,10 @@ def test_text_that_is_not_unicode_is_damage() -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (raised("SELECT zeroblob(2000000000)"), "is damaged"),
+        (
+            raised("SELECT zeroblob(2000000000)"),
+            "a value is longer than SQLite takes, which is 1 GB. Store it elsewhere",
+        ),
         (OSError(errno.EROFS, "Read-only"), "may not be written"),
         (PermissionError(errno.EACCES, "Denied"), "may not be written"),
         (OSError(errno.EIO, "I/O"), "the disk could not read or write. Check the disk"),

@@ -1,5 +1,6 @@
 """Dead letters: what failed, with all that is known of it."""
 
+import json
 import pickle
 from collections.abc import Iterable
 from contextlib import closing
@@ -10,8 +11,9 @@ import pytest
 
 from penstock.errors import JournalError
 from penstock.journal.database import open_to_write
-from penstock.journal.dead import DeadLetter, dead
-from penstock.journal.schema import ITEM_COLUMNS, Row, checksum
+from penstock.journal.letters import DeadLetter, dead
+from penstock.journal.schema import INLINE_BYTES, ITEM_COLUMNS, Row, checksum, side_file_of
+from penstock.journal.side_file import SideFile
 from penstock.outcome import FailureKind
 
 RECORDED = 1_767_225_600.25
@@ -80,6 +82,16 @@ def test_inputs_are_read_by_the_codec_that_wrote_them(path: str) -> None:
         next(letters)
     record(path, [failed("a", pickle.dumps([1]))])
     assert [letter.input for letter in dead(path, codec=pickle)] == [{1, 2}, [1]]
+
+
+def test_a_large_input_comes_from_the_side_file(path: str) -> None:
+    """As a small one does from its row."""
+    item = "x" * INLINE_BYTES
+    file = SideFile(side_file_of(path))
+    offset, size, crc = file.append(json.dumps(item).encode())
+    file.close()
+    record(path, [failed("a", "", file_offset=offset, file_size=size, file_crc=crc)])
+    assert [letter.input for letter in dead(path)] == [item]
 
 
 def test_a_kind_that_is_not_known_here_is_none(path: str) -> None:

@@ -148,6 +148,59 @@ def test_of_many_threads_one_gets_it(path: str) -> None:
         lock.release()
 
 
+def test_who_comes_while_another_thread_is_at_it_is_told_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is this very process, and no other one, also while the lock is not taken yet."""
+    first, second = Lock(path), Lock(path)
+    taken = lock_module._is_taken
+
+    def meanwhile(connection: sqlite3.Connection) -> bool:
+        with pytest.raises(JournalError, match=r"run\.db: this very process writes it already"):
+            second.take()
+        return taken(connection)
+
+    monkeypatch.setattr(lock_module, "_is_taken", meanwhile)
+    first.take()
+    first.release()
+
+
+def test_an_attempt_that_failed_leaves_nothing_behind(path: str, other: "subprocess.Popen[str]") -> None:
+    """Who was refused for another process is refused for it again, and gets the lock once that one is through."""
+    lock = Lock(path)
+    for _ in range(2):
+        with pytest.raises(JournalError, match="another process writes it"):
+            lock.take()
+    other.kill()
+    other.wait()
+    lock.take()
+    lock.release()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_the_child_of_a_fork_does_not_take_its_parent_for_itself(path: str) -> None:
+    """It has a copy of what its parent knows, but is another process; what it inherits it may release."""
+    program = (
+        "import os, sys\n"
+        "from penstock.journal.lock import Lock\n"
+        "lock = Lock(sys.argv[1])\n"
+        "lock.take()\n"
+        "if not os.fork():\n"
+        "    try:\n"
+        "        Lock(sys.argv[1]).take()\n"
+        "    except Exception as error:\n"
+        "        print(error, flush=True)\n"
+        "    lock.release()\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "try:\n"
+        "    Lock(sys.argv[1]).take()\n"
+        "except Exception as error:\n"
+        "    print(error, flush=True)\n"
+    )
+    with started(program, path) as process:
+        assert "another process writes it" in said(process)
+        assert "this very process writes it" in said(process)
+
+
 def test_who_only_looks_keeps_nobody_out(path: str) -> None:
     """Another process that looks without a pause, and a hundred runs one after the other."""
     looking = "import sys\nfrom penstock.journal.lock import is_held\nprint('looking', flush=True)\n"
@@ -301,13 +354,13 @@ def test_without_a_run_nobody_is_named(path: str, other: "subprocess.Popen[str]"
 )
 def test_a_process_that_nothing_is_known_of_is_not_taken_for_dead(host: str, pid: int) -> None:
     """Of another machine, of another user, of a number that no process can have."""
-    assert not lock_module._is_gone(host, pid)
+    assert not lock_module.is_gone(host, pid)
 
 
 def test_where_a_process_cannot_be_asked_for_it_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """To ask by `os.kill` would end it on Windows."""
     monkeypatch.setattr("os.name", "nt")
-    assert not lock_module._is_gone(socket.gethostname(), 2**31 - 1)
+    assert not lock_module.is_gone(socket.gethostname(), 2**31 - 1)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """A journal as others read it: checked row by row, in constant memory, and without holding up who writes."""
 
 import json
+import os
 import pickle
+import socket
 import sqlite3
 import tracemalloc
 from collections.abc import Iterable, Iterator
@@ -43,6 +45,11 @@ def large(path: str, key: Key, result: str | bytes) -> Row:
     offset, size, crc = file.append(data)
     file.close()
     return done(key, empty)._replace(file_offset=offset, file_size=size, file_crc=crc)
+
+
+def large_input(path: str, key: Key | None, state: State, data: str | bytes) -> Row:
+    row = large(path, "", data)
+    return row._replace(key=key, state=int(state), result=None, input=row.result)
 
 
 def dead(key: Key | None, message: str = "no", status: int | None = None, error: str = "ValueError") -> Row:
@@ -134,6 +141,20 @@ def test_a_run_goes_on_while_it_holds_the_lock(path: str) -> None:
         lock.take()
         assert reading.going_on() is None
         lock.release()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere nobody is asked whether a process lives")
+def test_a_run_whose_process_is_dead_does_not_go_on_though_somebody_has_the_lock(path: str) -> None:
+    """The next one has it, before it has begun, or who works on the file."""
+    record(path, [])
+    execute(path, "UPDATE run SET ended = NULL, host = ?, pid = ?", socket.gethostname(), 2**31 - 1)
+    lock = Lock(path)
+    lock.take()
+    with Reading(path) as reading:
+        assert reading.going_on() is None
+        execute(path, "UPDATE run SET pid = ?", os.getpid())
+        assert reading.going_on() == reading.runs()[0]
+    lock.release()
 
 
 def test_causes_are_grouped_as_in_a_report(path: str) -> None:
@@ -230,6 +251,35 @@ def test_a_result_is_found_though_it_has_moved_since_its_row_was_read(path: str)
         execute(path, "DELETE FROM item")
         with pytest.raises(JournalError, match="-results"):
             reading.value(row)
+
+
+@pytest.mark.parametrize("state", [State.DEAD, State.UNKNOWN, State.RETRY])
+def test_a_large_input_is_what_the_source_gave(path: str, state: State) -> None:
+    """From the side file, of text and of bytes, for whoever is not done."""
+    rows = [
+        large_input(path, "json", state, json.dumps(LARGE, ensure_ascii=False)),
+        large_input(path, "pickle", state, pickle.dumps(LARGE)),
+    ]
+    record(path, rows)
+    with Reading(path) as as_json, Reading(path, codec=pickle) as as_pickle:
+        first, second = as_json.rows(state)
+        assert as_json.input(first) == LARGE == as_pickle.input(second)
+        assert as_json.input_data(first) == json.dumps(LARGE, ensure_ascii=False)
+        assert as_pickle.input_data(second) == pickle.dumps(LARGE)
+        assert as_json.value(first) is None
+
+
+@pytest.mark.parametrize("key", ["a", None])
+def test_a_large_input_is_found_though_it_has_moved_since_its_row_was_read(path: str, key: Key | None) -> None:
+    """By a compaction meanwhile; also of items without a usable key, of which there may be many."""
+    gone = large(path, "gone", "x" * INLINE_BYTES)
+    others = [large_input(path, None, State.DEAD, json.dumps(f"{name}{LARGE}")) for name in "xy"]
+    record(path, [gone, others[0], large_input(path, key, State.DEAD, json.dumps(LARGE)), others[1]])
+    execute(path, "DELETE FROM item WHERE key = 'gone'")
+    with Reading(path) as reading:
+        rows = list(reading.rows())
+        compact(path)
+        assert [reading.input(row) for row in rows] == [f"x{LARGE}", LARGE, f"y{LARGE}"]
 
 
 @given(seconds=st.floats(0, 4e9))

@@ -185,6 +185,15 @@ def test_which_of_them_can_be_said(path: str, where: str, keys: set[str]) -> Non
     assert {key for key, state in states(path).items() if state == "RETRY"} == keys
 
 
+@pytest.mark.parametrize("where", ["", " "])
+def test_which_of_them_has_to_be_said_if_anything_is(path: str, where: str) -> None:
+    """An empty variable of a shell must not mean all of them."""
+    record(path, [dead("a")])
+    with pytest.raises(UsageError, match="where is empty: .* Leave it out for all"):
+        retry(path, where)
+    assert retry(path) == 1
+
+
 def test_items_whose_outcome_is_unknown_are_asked_for_by_name(path: str) -> None:
     """Whatever is said of the dead: they have no error."""
     record(path, [row("u", State.UNKNOWN), dead("a")])

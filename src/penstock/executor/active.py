@@ -20,6 +20,8 @@ class ActiveJob(Holder):
 
     kwargs: dict[str, Any] | None = None
     input: Any = None
+    before: "Callable[[ActiveJob], Awaitable[None]] | None" = None
+    """Awaited before the job starts, in its task; cancels the task where the job is not to start."""
     started: float | None = None
     """When its function was called; None before that."""
     logged: bool = True

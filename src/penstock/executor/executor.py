@@ -273,9 +273,9 @@ class Executor:
         else:
             if key is None:
                 raise UsageError(
-                    f"executor.{call}(journal=...) found no key=. A journal knows an item by what you call it, never "
-                    f"by its place: write key=operator.itemgetter('id'), or any function that returns text, a number "
-                    f"or bytes."
+                    "journal= found no key= beside it. A journal knows an item by what you call it, never "
+                    "by its place: write key=operator.itemgetter('id'), or any function that returns text, a number "
+                    "or bytes."
                 )
             from penstock.executor.recorded_feed import RecordedFeed, Replay  # SQLite is not for everybody to import
 
@@ -640,7 +640,7 @@ async def _tally(stream: Stream[Outcome[Any]], journal: str | None) -> Report:
     def report() -> Report:
         counts = stream.statistics()
         return tally.report(
-            read=counts.read, left=counts.left, skipped=counts.skipped, stopped=stopped, why=why, spent=stream.spent,
+            read=counts.read, left=counts.left, skipped=counts.duplicates, stopped=stopped, why=why, spent=stream.spent,
             journal=journal, elapsed=asyncio.get_running_loop().time() - started,
         )  # fmt: skip
 

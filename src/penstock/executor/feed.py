@@ -18,16 +18,16 @@ delivered first. Loop thread only.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
 from penstock.context import current_job
 from penstock.errors import BudgetReached, ClosedError, UsageError
 from penstock.executor.active import ActiveJob
-from penstock.executor.ledger import Ledger, Rules, Stop
+from penstock.executor.ledger import TIME, Ledger, Rules, Stop
 from penstock.executor.running import PATIENCE, RunningJobs
-from penstock.executor.sources import BLOCKS, LONGEST_TURN, key_raised, sources, warn_that_it_blocks
+from penstock.executor.sources import BLOCKS, LONGEST_TURN, is_cancelled, key_raised, sources, warn_that_it_blocks
 from penstock.outcome import Outcome, contained
 from penstock.report import INTERRUPTED
 
@@ -65,7 +65,7 @@ class Feed:
         self.failed = 0
         self.in_flight = 0
         self.ready: deque[Outcome[Any]] = deque()
-        self.skipped = 0
+        self.duplicates = 0
         """Items that were left out, because their key had come before."""
         self.replayed = 0
         """Items that an earlier run had finished."""
@@ -89,6 +89,8 @@ class Feed:
         self._closed = False
         self._gave_up = False
         self._undelivered = 0
+        self._held = False
+        """Whether jobs in flight are expected to use up the budget."""
         self._reader: asyncio.Future[None] | None = None
         self._room: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
@@ -115,7 +117,7 @@ class Feed:
                 self._wake_if_room(self._room)
 
     def _wake_if_room(self, room: "asyncio.Future[None]") -> None:
-        if self._undelivered < self._window:
+        if self._undelivered < self._window and not self._held:
             _wake(room)
 
     async def wait(self) -> None:
@@ -191,7 +193,7 @@ class Feed:
         try:
             await self._pull_items(source)
         except BaseException as error:
-            ours = isinstance(error, asyncio.CancelledError) and _is_cancelled()
+            ours = isinstance(error, asyncio.CancelledError) and is_cancelled()
             if ours or isinstance(error, KeyboardInterrupt | GeneratorExit):
                 raise
             harmless = contained(error, "the source of the items")
@@ -213,7 +215,7 @@ class Feed:
         now = self._loop.time
         turn = last = now()
         while self.stopped is None:
-            if self._undelivered >= self._window:
+            if self._undelivered >= self._window or self._held:
                 await self._wait_for_room()
                 turn = last = now()
             job = self._new_job((), self._timeout, self)
@@ -254,7 +256,7 @@ class Feed:
     async def _pull_from(self, iterator: AsyncIterator[Any]) -> None:
         # Its end is tested, but CPython 3.11 does not trace a coroutine that swallowed what was thrown into it.
         while self.stopped is None:  # pragma: no branch
-            if self._undelivered >= self._window:
+            if self._undelivered >= self._window or self._held:
                 await self._wait_for_room()
             try:
                 item = await anext(iterator)
@@ -294,6 +296,8 @@ class Feed:
         job.account = self.ledger
         self._undelivered += 1
         self.in_flight += 1
+        if self.ledger.keeps_a_budget:
+            self._held = self.ledger.holds(self.running)
         if self._in_order is not None:
             self._in_order.append(job)
         if refusal is None:
@@ -316,8 +320,9 @@ class Feed:
         if outcome is None:
             self._leave(job)
         else:
-            self._judge(outcome)
+            self._judge(outcome, job.spent)
         self._settle(job, outcome)
+        self._look_at_budget()
 
     def _leave(self, job: ActiveJob) -> None:
         """Its job was cancelled from outside."""
@@ -326,8 +331,15 @@ class Feed:
             why = ClosedError(f"{job!r} was cancelled by something else than its job, stream or executor")
             self._end_early(why, INTERRUPTED)
 
-    def _judge(self, outcome: Outcome[Any]) -> None:
-        stop = self.ledger.count(outcome)
+    def _look_at_budget(self) -> None:
+        """A job has ended: how much a job uses is known a little better."""
+        if self._held:
+            self._held = self.ledger.holds(self.running)
+            if self._room is not None:
+                self._wake_if_room(self._room)
+
+    def _judge(self, outcome: Outcome[Any], spent: Mapping[str, float] | None) -> None:
+        stop = self.ledger.count(outcome, spent)
         if stop is not None:
             self.stop_by(stop)
 
@@ -398,16 +410,14 @@ class Feed:
     def _end(self) -> None:
         """Nothing of this feed runs any more."""
         self.ledger.end()
+        why = self.stopped
+        if isinstance(why, BudgetReached) and why.unit != TIME:  # with what was in flight then
+            why.spent = self.ledger.used(why.unit)
+            why.args = why.unit, why.spent, why.limit
         self.over.set()
         self._on_over(self)
         if self._reader is not None:
             _wake(self._reader)
-
-
-def _is_cancelled() -> bool:
-    """Whether somebody has cancelled the current task, so that a CancelledError is not of the user's own making."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _wake(waiter: "asyncio.Future[None]") -> None:

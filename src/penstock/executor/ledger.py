@@ -9,6 +9,10 @@ failed; a limit of the `Budget` was reached. `count` answers with the stop, sinc
 outcome anyhow; the others tell it to `on_stop`, on the loop. What a stop does (take no more items, finish what is in
 flight) is the feed's business.
 
+**A budget is kept by foresight.** Jobs in flight have used only part of what they will use. So `holds` says when what
+finished jobs used, and for each job in flight what they used on average, reaches a limit: then nothing more is begun
+until that has changed. What a job uses nobody knows before the first one has ended: until then few are begun.
+
 Guarantees: one stop at the most, the first; none after `end`. Replayed outcomes are not counted here: an earlier run
 has judged them. Sums do not drift, however many small amounts are added.
 
@@ -16,6 +20,7 @@ has judged them. Sums do not drift, however many small amounts are added.
 """
 
 import asyncio
+import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -28,8 +33,13 @@ from penstock.gate.rate import is_amount
 from penstock.outcome import Outcome
 from penstock.report import ALL_FAILED, BUDGET_REACHED, TIME_UP, TOO_MANY_ERRORS
 
+logger = logging.getLogger("penstock.run")
+
 MINIMUM_SAMPLE = 100
 """Finished jobs before a share is judged. Arbitrary, because: resilience4j and Polly judge from 100 calls on too."""
+
+FIRST_JOBS = 8
+"""In flight while nobody knows what a job uses. As many round trips as a gate begins with (`Adaptive(start=8)`)."""
 
 TIME = "time"
 REQUESTS = "requests"
@@ -43,16 +53,17 @@ class Budget:
 
         Budget(time=3600, requests=50_000, usd=10, tokens=2_000_000)
 
-    When a limit is reached, what is in flight is finished and counts too, so a run ends a little above it: by what the
-    jobs in flight still spend.
+    No more jobs are begun than the limit has room for, as far as finished ones tell what a job uses; what is in flight
+    is finished and counts. So a run ends about there, a job or so above it, and by more where jobs differ widely. Until
+    the first one has ended, at most 8 are begun.
 
     Args:
         time: seconds from the first item on.
         requests: attempts of round trips, retries included, counted as each job ends.
-        units: of anything that jobs `penstock.spend`.
+        units: of anything that jobs `penstock.spend`. A unit that no job ever spends is named in the log.
 
     Raises:
-        UsageError: a limit that is no number above 0.
+        UsageError: a limit that is no number above 0; a name that looks like `time` or `requests`.
     """
 
     time: float | None
@@ -61,6 +72,7 @@ class Budget:
     """Name and limit of each, by name."""
 
     def __init__(self, *, time: float | None = None, requests: int | None = None, **units: float) -> None:
+        _check_names(units)
         for name, limit in {TIME: time, **units}.items():
             if limit is not None or name != TIME:
                 _check_limit(name, limit)
@@ -76,6 +88,21 @@ class Budget:
     def __repr__(self) -> str:
         limits = [(TIME, self.time), (REQUESTS, self.requests), *self.units]
         return f"Budget({', '.join(f'{name}={limit!r}' for name, limit in limits if limit is not None)})"
+
+
+_MEANT = {
+    **dict.fromkeys(("seconds", "minutes", "hours", "duration", "timeout", "max_time", "deadline"), "time=<seconds>"),
+    **dict.fromkeys(("attempts", "calls", "request", "max_requests", "round_trips"), "requests=<number>"),
+    **dict.fromkeys(("jobs", "items", "records"), "the run fewer items, such as itertools.islice(items, 100)"),
+    **dict.fromkeys(("errors", "failures", "max_errors"), "the run max_errors=<number>"),
+}
+"""What is meant by names that no job spends."""
+
+
+def _check_names(units: Mapping[str, object]) -> None:
+    for name in units:
+        if name in _MEANT:
+            raise UsageError(f"Budget({name}=...): is nothing that jobs spend. Give {_MEANT[name]}.")
 
 
 def _check_limit(name: str, limit: object) -> None:
@@ -155,6 +182,11 @@ class Ledger:
         self._on_stop = on_stop
         self._first_failure = ""
         self._requests = 0
+        """Attempts so far, those of jobs in flight among them."""
+        self._ended_jobs = dict.fromkeys((*self._limits, REQUESTS), 0.0)
+        """What jobs that have ended used, by unit."""
+        self.keeps_a_budget = bool(self._limits) or self._budget.requests is not None
+        """Whether `holds` may ever say so."""
         self._watches = False
         self._look_whether_to_watch()
         self._stopped = False
@@ -173,19 +205,24 @@ class Ledger:
 
     def end(self) -> None:
         """The run is over: nothing stops it any more. Doing it twice is fine."""
+        if not self._ended and self.finished:
+            self._name_units_that_nobody_spent()
         self._ended = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def count(self, outcome: Outcome[Any]) -> Stop | None:
-        """A job of this run has ended; whether the run is to stop for it."""
+    def count(self, outcome: Outcome[Any], spent: Mapping[str, float] | None = None) -> Stop | None:
+        """A job of this run has ended, which has spent so much; whether the run is to stop for it."""
         self.finished += 1
         if outcome.kind is not None:
             self.failed += 1
         if not self._watches:
             return None
-        self._requests += outcome.attempts
+        if self.keeps_a_budget:
+            self._ended_jobs[REQUESTS] += outcome.attempts
+            for unit in self._limits:
+                self._ended_jobs[unit] += (spent or {}).get(unit, 0.0)
         if outcome.kind is None:
             self.reassure()
         stop = self._judge(outcome)
@@ -196,6 +233,33 @@ class Ledger:
         if self._fail_fast is not None:
             self._fail_fast = None
             self._look_whether_to_watch()
+
+    def holds(self, in_flight: int) -> bool:
+        """Whether nothing more is to be begun, while so many jobs are in flight: they are expected to use the rest."""
+        if not in_flight:
+            return False
+        if not self.finished:
+            return in_flight >= FIRST_JOBS
+        ahead = 1 + in_flight / self.finished
+        requests = self._budget.requests
+        if requests is not None and self._ended_jobs[REQUESTS] * ahead >= requests:
+            return True
+        return any(self._ended_jobs[unit] * ahead >= limit for unit, limit in self._limits.items())
+
+    def attempt(self) -> None:
+        """A job has begun an attempt of a round trip. Loop thread only."""
+        self._requests += 1
+
+    def used(self, unit: str) -> float:
+        """How much of a budget's unit was used so far. Any thread."""
+        return self._requests if unit == REQUESTS else self.spent.get(unit, 0.0)
+
+    def _name_units_that_nobody_spent(self) -> None:
+        spent = self.spent
+        for unit in self._limits:
+            if unit not in spent:
+                found = f"spent were: {', '.join(spent)}" if spent else "nothing was spent at all"
+                logger.warning("Budget(%s=...): no job has spent any %r; %s.", unit, unit, found)
 
     def spend(self, units: Mapping[str, float]) -> None:
         """So much was spent. Any thread; also when the run is over, which it no longer stops."""
@@ -217,8 +281,8 @@ class Ledger:
 
     def _look_whether_to_watch(self) -> None:
         """Most runs have no rule that outcomes could break: they pay for two additions an item."""
-        rules = (self._max_errors, self._fail_fast, self._budget.requests)
-        self._watches = any(rule is not None for rule in rules)
+        rules = (self._max_errors, self._fail_fast)
+        self._watches = self.keeps_a_budget or any(rule is not None for rule in rules)
 
     def _judge(self, outcome: Outcome[Any]) -> Stop | None:
         stop = None

@@ -5,7 +5,7 @@
 A look-up takes what there is when the one before it has ended: one item from a slow source, some hundred from a fast
 one. So nobody waits for a batch to fill, and a fast source is asked about in large ones.
 
-Bounded: at most `ITEMS_AHEAD` items wait for their look-up, and as many in each of two chunks for the puller.
+Bounded: at most `most` items wait for their look-up, as many are looked up and ready, and as many are being taken.
 
 Cancelled, what was taken from the source and not handed over is counted by `close`. A source that raises: what came
 before it is handed over first. Loop thread only.
@@ -20,17 +20,15 @@ from typing import Any, NamedTuple
 
 from penstock.errors import ClosedError, UsageError
 from penstock.executor.running import PATIENCE
-from penstock.executor.sources import BLOCKS, LONGEST_TURN, key_raised, warn_that_it_blocks
+from penstock.executor.sources import BLOCKS, LONGEST_TURN, is_cancelled, key_raised, warn_that_it_blocks
 from penstock.journal.options import key_to_record
 from penstock.journal.recording import Found, Recording
 from penstock.journal.schema import Key
 from penstock.journal.store import Known
 from penstock.outcome import contained
 
-ITEMS_AHEAD = 500
-"""As many as are committed together: a look-up then costs each item less than its row does."""
-CHUNKS = 2
-"""Looked up and not taken: one that is worked off, and one that is ready by then."""
+ITEMS_AHEAD = 250
+"""Arbitrary, because: a look-up of so many costs each of them less than its row does."""
 
 
 class Item(NamedTuple):
@@ -48,13 +46,14 @@ class Lookahead:
     """What is ahead of one feed."""
 
     def __init__(
-        self, source: Iterable[Any] | AsyncIterable[Any], key: Callable[[Any], Any], recording: Recording
+        self, source: Iterable[Any] | AsyncIterable[Any], key: Callable[[Any], Any], recording: Recording, most: int
     ) -> None:
         self.chunk: deque[Item] = deque()
         """What can be taken now."""
         self.since: set[Key] = set()
         """What has been committed since that was looked up, see `Seen`."""
         self._key = key
+        self._most = most
         self._recording = recording
         self._loop = asyncio.get_running_loop()
         self._ahead: deque[Item] = deque()
@@ -108,7 +107,8 @@ class Lookahead:
 
     def stop(self) -> int:
         """Read no more; how many items were taken from the source and not from here."""
-        self._reader.cancel()
+        if not self._loop.is_closed():  # else the reader is gone with it
+            self._reader.cancel()
         self._stopped = True
         left = len(self.chunk) + sum(len(chunk) for chunk, _ in self._chunks) + len(self._looking) + len(self._ahead)
         self.chunk.clear()
@@ -119,7 +119,8 @@ class Lookahead:
 
     async def ended(self) -> int:
         """Wait for the source to let go, for a bounded time; how many items came all the same."""
-        await asyncio.wait([self._reader], timeout=PATIENCE)
+        if not self._reader.done():
+            await asyncio.wait([self._reader], timeout=PATIENCE)
         return len(self._ahead)
 
     # --- the source ---
@@ -131,9 +132,7 @@ class Lookahead:
             else:
                 await self._read_sync(iter(source))
         except BaseException as error:
-            task = asyncio.current_task()
-            assert task is not None, "this is the body of a task"
-            ours = isinstance(error, asyncio.CancelledError) and task.cancelling()
+            ours = isinstance(error, asyncio.CancelledError) and is_cancelled()
             if ours or isinstance(error, KeyboardInterrupt | GeneratorExit):
                 raise
             self._error = contained(error, "the source of the items")
@@ -144,7 +143,7 @@ class Lookahead:
         for item in iterator:
             self._take(item)
             before, last = last, now()
-            if len(self._ahead) >= ITEMS_AHEAD:
+            if len(self._ahead) >= self._most:
                 await self._wait_for_room()
                 turn = last = now()
             elif last - turn > LONGEST_TURN:
@@ -161,7 +160,7 @@ class Lookahead:
                 self._take(item)
                 if self._stopped:
                     return
-                if len(self._ahead) >= ITEMS_AHEAD:
+                if len(self._ahead) >= self._most:
                     await self._wait_for_room()
         finally:
             if iterator is not source and isinstance(iterator, AsyncGenerator):  # made for us: nobody else closes it
@@ -205,9 +204,9 @@ class Lookahead:
 
     def _look_up(self) -> None:
         self._scheduled = False
-        if self._looking or self._broken or self._stopped or not self._ahead or len(self._chunks) >= CHUNKS:
+        if self._looking or self._broken or self._stopped or not self._ahead or self._chunks:
             return
-        self._looking = [self._ahead.popleft() for _ in range(min(len(self._ahead), ITEMS_AHEAD))]
+        self._looking = [self._ahead.popleft() for _ in range(len(self._ahead))]
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         keys = [item.key for item in self._looking if item.key is not None]
@@ -242,7 +241,6 @@ def _with_what_is_known(items: list[Item], found: Found) -> Iterable[Item]:
 
 def _no_key(item: Any, key: Any, error: ValueError) -> UsageError:
     return UsageError(
-        f"key= returned {reprlib.repr(key)} for item {reprlib.repr(item)}, {error}. A journal takes text, whole "
-        f"numbers of 64 bits, finite floats and bytes; write key=lambda item: str(...). This item was not given to "
-        f"the job."
+        f"key= returned {reprlib.repr(key)}, {error}; expected text, a whole number of 64 bits, a finite float or "
+        f"bytes. This item was not given to the job: {reprlib.repr(item)}"
     )

@@ -6,16 +6,18 @@
        else    -> [intent committed] -> job -> outcome -> journal -> committed: counted, delivered
 
 Outcomes that wait for their commit have a bound of their own (`Recording.has_room`); they take no room in the window,
-so that a small one does not wait for the disk.
+so that a small one does not wait for the disk, unless the reader lags behind what is committed already.
 
-Counts: read = delivered + ready + in flight + left + skipped, where what waits for its commit is in flight.
+Counts: read = delivered + ready + in flight + left + duplicates, where what waits for its commit is in flight.
 
 When the disk is in trouble, no more items are taken, what is in flight is finished and held; the reader gets what was
 committed, then the `JournalError`. Loop thread only.
 """
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+import logging
+from collections.abc import AsyncIterable, Iterable
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -23,16 +25,18 @@ from penstock.context import RunningJob
 from penstock.errors import ClosedError, JournalError, UsageError, first_line
 from penstock.executor.active import ActiveJob
 from penstock.executor.feed import Feed
-from penstock.executor.lookahead import Item, Lookahead
+from penstock.executor.lookahead import ITEMS_AHEAD, Item, Lookahead
 from penstock.executor.sources import LONGEST_TURN
 from penstock.journal.options import Journal
-from penstock.journal.record import replayed, runs_again
+from penstock.journal.record import is_unknown, replayed, runs_again, spent_of
 from penstock.journal.recording import Recording, Waiting
 from penstock.journal.schema import Key, State, StepRow
 from penstock.journal.steps import Memo
 from penstock.journal.store import Known
 from penstock.outcome import Outcome
 from penstock.report import INTERRUPTED
+
+logger = logging.getLogger("penstock.journal")
 
 _DONE = State.DONE.value
 
@@ -63,6 +67,12 @@ class RecordedFeed(Feed):
         self._steps: dict[RunningJob, list[StepRow]] = {}
         """Steps of jobs that run, which an earlier life of their items has finished."""
         self._memos: dict[RunningJob, Memo] = {}
+        self._spent_before: dict[RunningJob, dict[str, float]] = {}
+        """Of jobs that run, what earlier lives of their items have spent."""
+        self._met_again = 0
+        """Items that an earlier run had finished, and that are run again."""
+        self._suffixes: dict[Key, int] = {}
+        """The last one of each key that has come before. Grows with such keys only."""
         self._starved = False
         """Whether the puller waits for items."""
         super().__init__(*args, **kwargs)
@@ -72,7 +82,8 @@ class RecordedFeed(Feed):
     async def _pull_items(self, source: Iterable[Any] | AsyncIterable[Any]) -> None:
         assert self._key is not None, "a journal needs one"
         await self._recording.open()
-        ahead = Lookahead(source, self._key, self._recording)
+        most = ITEMS_AHEAD if self._follows else min(ITEMS_AHEAD, self._window)
+        ahead = Lookahead(source, self._key, self._recording, most)
         del source
         now = self._loop.time
         turn = now()
@@ -90,7 +101,13 @@ class RecordedFeed(Feed):
                     turn = now()
         finally:
             self._leave_untaken(ahead.stop())
-            self._leave_untaken(await ahead.ended())
+            if not self._loop.is_closed():
+                if (
+                    self.stopped is not None
+                ):  # cancelled by what it has just begun itself, it would not wait for the source
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.sleep(0)
+                self._leave_untaken(await ahead.ended())
 
     def _leave_untaken(self, items: int) -> None:
         self.read += items
@@ -102,8 +119,7 @@ class RecordedFeed(Feed):
         if (
             item.known is not None
             or item.key is None
-            or self._undelivered >= self._window
-            or not self._recording.has_room
+            or self._is_full()
             or self._recording.seen.is_repeat(item.key, None, ahead.since)
         ):
             return False
@@ -131,6 +147,12 @@ class RecordedFeed(Feed):
         )
         return True
 
+    def _is_full(self) -> bool:
+        """Whether no further job may start. What waits for its commit counts once the reader lags."""
+        recording = self._recording
+        unread = self._undelivered + recording.uncommitted if self.ready else self._undelivered
+        return unread >= self._window or self._held or not recording.has_room
+
     async def _more(self, ahead: Lookahead) -> bool:
         self._starved = True
         self._look_whether_all_wait()
@@ -145,21 +167,21 @@ class RecordedFeed(Feed):
         if item.key is not None and self._recording.seen.is_repeat(item.key, item.known, ahead.since):
             if self._journal.duplicates == "skip":
                 self._take(ahead)
-                self.skipped += 1
+                self.duplicates += 1
                 return
             item = await self._under_another_key(item, item.key)
         if item.known is not None and not runs_again(item.known.row, self._journal):
             await self._play_again(item, item.known, ahead)
             return
-        while self._undelivered >= self._window or not self._recording.has_room:
+        while self._is_full():
             await self._wait_for_room()
         job = self._new_job((), self._timeout, self)
         await self._running.slots.take(job)
-        if self.stopped is None:
-            job.outcome_unknown = item.known is not None and item.known.row.state == State.UNKNOWN
-            self._run(job, item, ahead)
-        else:
-            self._running.slots.give_back(job)
+        if item.known is not None:
+            self._met_again += 1
+            job.outcome_unknown = is_unknown(item.known.row)
+            self._spent_before[job] = spent_of(item.known.row)
+        self._run(job, item, ahead)
 
     def _take(self, ahead: Lookahead) -> None:
         ahead.chunk.popleft()
@@ -178,8 +200,8 @@ class RecordedFeed(Feed):
                 f'second one out, or duplicates="suffix" to record it under another key.'
             )
         seen = self._recording.seen
-        number = 2
         while True:
+            number = self._suffixes[key] = self._suffixes.get(key, 1) + 1
             since = seen.look_up_begins()
             try:
                 other = with_suffix(key, number)
@@ -188,7 +210,6 @@ class RecordedFeed(Feed):
                     return item._replace(key=other, known=known, steps=steps)
             finally:
                 seen.look_up_is_used(since)
-            number += 1
 
     def _run(self, job: ActiveJob, item: Item, ahead: Lookahead) -> None:
         """Start a job that has its slot."""
@@ -203,22 +224,21 @@ class RecordedFeed(Feed):
         if item.key is not None:
             self._recording.seen.admit(item.key, item.known, runs=True)
             if self._journal.intents:
-                job.fn = self._once_recorded(job, item.key)
+                job.before = self._record_intent
         self._begin(job, item.refusal)
 
-    def _once_recorded(self, job: ActiveJob, key: Key) -> Callable[..., Awaitable[Any]]:
-        """The job's function, once it is on the disk that it is about to begin. If that cannot be, the item is left."""
-        fn = job.fn
-
-        async def begin(*args: Any) -> Any:
-            try:
-                await self._recording.put_intent(key, job.input)
-            except JournalError:
-                job.cancelled = True
-                raise asyncio.CancelledError from None
-            return await fn(*args)
-
-        return begin
+    async def _record_intent(self, job: ActiveJob) -> None:
+        """Have it on the disk that the job is about to start. If that cannot be, its item is left."""
+        try:
+            await self._recording.put_intent(job.key, job.input)
+        except JournalError as error:
+            if self.stopped is None:  # the source is at its end, and yet not all of it is done
+                self._stop_for(error)
+            job.cancelled = True
+            raise asyncio.CancelledError from None
+        except ClosedError:
+            job.cancelled = True
+            raise asyncio.CancelledError from None
 
     def take_value(self, item: RunningJob, value: Any) -> None:
         """A job has returned `value`: write it while that can still make the job a failure.
@@ -267,13 +287,18 @@ class RecordedFeed(Feed):
         if self._gave_up or outcome is None:
             super().job_ended(job, outcome)
             return
-        self._judge(outcome)
+        self._judge(outcome, job.spent)
         self._undelivered -= 1
         job.recorder = None  # what still runs for it is not recorded
         had_steps = bool(self._memos or self._steps) and self._forget_steps(job)
         written = job.written if outcome.error is None else None
-        self._recording.put(job.key, outcome, written, job.spent, steps=had_steps)
-        if self._room is not None:
+        spent = job.spent
+        if self._spent_before and (before := self._spent_before.pop(job, None)):
+            spent = {unit: before.get(unit, 0.0) + (spent or {}).get(unit, 0.0) for unit in {**before, **(spent or {})}}
+        self._recording.put(job.key, outcome, written, spent, steps=had_steps)
+        if self._held:
+            self._look_at_budget()
+        elif self._room is not None:
             self._wake_if_room(self._room)
         if self._starved:
             self._look_whether_all_wait()
@@ -295,6 +320,9 @@ class RecordedFeed(Feed):
     def _leave(self, job: ActiveJob) -> None:
         super()._leave(job)
         job.recorder = None
+        self._spent_before.pop(job, None)
+        if self._journal.intents and job.started is None and isinstance(job.key, Key):
+            self._recording.withdraw_intent(job.key, job.input)
         self._forget_steps(job)
 
     def _committed(self, waiting: list[Waiting]) -> None:
@@ -335,11 +363,15 @@ class RecordedFeed(Feed):
         self._end()
 
     def _disk_trouble(self, error: JournalError) -> None:
+        """Nothing can be written: take no more items. Where there are none, it may pass."""
+        if self._puller is not None:
+            self._stop_for(error)
+            self._puller.cancel()
+
+    def _stop_for(self, error: JournalError) -> None:
         if self.stopped is not None:
             error.add_note(f"the run was about to end: {self.stopped}")
         self.stopped, self.verdict = error, None
-        if self._puller is not None:
-            self._puller.cancel()
 
     def _end(self) -> None:
         """Nothing of this feed runs any more: commit the rest, and be over then."""
@@ -349,20 +381,25 @@ class RecordedFeed(Feed):
 
     def _account(self) -> tuple[str | None, dict[str, int]]:
         """Why it ended early, and what it has counted, for the run's own row."""
+        error, unrecorded = self._recording.in_trouble, self._recording.unrecorded
+        if error is not None and unrecorded:
+            error.hold(unrecorded)
+            if self.stopped is not error:
+                self._stop_for(error)
+        elif error is not None and self.stopped is error:
+            error.add_note("all that was finished until then is recorded")
+        if ":" in self._journal.resume and self.failed and not self._met_again:
+            logger.warning("resume=%r is about none of the items that failed before", self._journal.resume)
         why = self.verdict if self.stopped is None or self.verdict is not None else first_line(self.stopped)
         replayed, left = self.replayed, self.left + len(self._recording.unrecorded)
-        counts = {"read": self.read, "finished": self.finished, "failed": self.failed, "skipped": self.skipped}
+        counts = {"read": self.read, "finished": self.finished, "failed": self.failed, "duplicates": self.duplicates}
         return why, {**counts, "left": left, "replayed": replayed}
 
     def _recorded(self) -> None:
         """The journal is closed."""
-        unrecorded = self._recording.unrecorded
-        self.left += len(unrecorded)
-        self.in_flight -= len(unrecorded)
-        error = self._recording.in_trouble
-        if error is not None and unrecorded:
-            error.unrecorded = tuple(unrecorded)
-            error.args = error.message, error.unrecorded
+        unrecorded = len(self._recording.unrecorded)
+        self.left += unrecorded
+        self.in_flight -= unrecorded
         super()._end()
 
 

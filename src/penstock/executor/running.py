@@ -202,6 +202,12 @@ class RunningJobs:
     async def _perform(self, job: ActiveJob) -> Any:
         """The body of a job's task. A submitted job's value and error go to its future, all others to the receiver."""
         enter(job)
+        if job.before is not None:
+            try:
+                await job.before(job)
+            except asyncio.CancelledError:
+                self._end_if_never_begun(job)  # unless who cancelled it has
+                raise
         job.started = self._now()
         guard = self._guard
         if guard is not None and guard.quiet:

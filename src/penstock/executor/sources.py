@@ -1,5 +1,6 @@
 """What items may be: any iterable or async iterable, several of them side by side."""
 
+import asyncio
 import logging
 import reprlib
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
@@ -28,6 +29,12 @@ def check_items(items: object) -> None:
         raise UsageError(
             f"found {items!r:.100} as items, expected an iterable or an async iterable: a list, a generator, a file."
         )
+
+
+def is_cancelled() -> bool:
+    """Whether somebody has cancelled the current task, so that a CancelledError is not of the user's own making."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def warn_that_it_blocks(duration: float) -> None:

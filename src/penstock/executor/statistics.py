@@ -32,7 +32,7 @@ class ExecutorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class StreamStatistics:
-    """A stream as it was at the time of asking: read = finished + in flight + left + skipped."""
+    """A stream as it was at the time of asking: read = finished + in flight + left + duplicates."""
 
     read: int
     """Items taken from the source."""
@@ -46,7 +46,7 @@ class StreamStatistics:
     """Outcomes that wait for the reader."""
     left: int
     """Items whose job was cancelled from outside or never started."""
-    skipped: int = 0
+    duplicates: int = 0
     """Items that were left out, because their key had come before (`Journal(duplicates="skip")`)."""
     replayed: int = 0
     """Those finished that an earlier run had finished."""

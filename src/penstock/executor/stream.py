@@ -122,7 +122,7 @@ class Stream(Generic[T]):
         if feed is None:
             return StreamStatistics(0, 0, 0, 0, 0, 0)
         return StreamStatistics(
-            feed.read, feed.finished, feed.failed, feed.in_flight, len(feed.ready), feed.left, feed.skipped,
+            feed.read, feed.finished, feed.failed, feed.in_flight, len(feed.ready), feed.left, feed.duplicates,
             feed.replayed,
         )  # fmt: skip
 

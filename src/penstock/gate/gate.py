@@ -344,7 +344,7 @@ class Gate:
             if guard.quiet:
                 guard.stir()
             if job is not None:
-                (job.root or job).attempts += 1
+                job.count_attempt()
             try:
                 value = await self._attempt(trip, started, deadline)
             except Exception as error:  # noqa: BLE001  # raised again below unless it is retried

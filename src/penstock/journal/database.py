@@ -251,7 +251,7 @@ def _create(path: str, real: str) -> None:
             connection.execute(f"PRAGMA user_version = {schema.FORMAT}")
             for table in schema.TABLES:
                 connection.execute(table)
-            made = [("created", clock.wall()), ("penstock version", _version())]
+            made = [("created", clock.wall()), ("penstock version", version_of_penstock())]
             connection.executemany("INSERT INTO meta VALUES (?, ?)", made)
             connection.execute("COMMIT")
         os.replace(draft, real)
@@ -262,10 +262,11 @@ def _create(path: str, real: str) -> None:
         raise
 
 
-def _version() -> str:
+def version_of_penstock() -> str:
+    """As it was installed; "unknown" where it was not. Any thread."""
     try:
         return importlib.metadata.version("penstock")
-    except importlib.metadata.PackageNotFoundError:  # imported from where it was not installed
+    except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
 
@@ -403,6 +404,13 @@ def _damaged(path: str) -> str:
     )
 
 
+def _too_large(path: str) -> str:
+    return (
+        "a value is longer than SQLite takes, which is 1 GB. Store it elsewhere, and have the job return where; if no "
+        "job or item has anything that large, the file is damaged: restore it from a copy."
+    )
+
+
 def _no_journal(path: str) -> str:
     return "is no penstock journal. Choose another path; if it has been a journal, restore it from a copy."
 
@@ -429,7 +437,7 @@ _BY_CODE: dict[int, Callable[[str], str]] = {
     sqlite3.SQLITE_NOLFS: _unreadable,
     sqlite3.SQLITE_CORRUPT: _damaged,
     sqlite3.SQLITE_FORMAT: _damaged,
-    sqlite3.SQLITE_TOOBIG: _damaged,
+    sqlite3.SQLITE_TOOBIG: _too_large,
     sqlite3.SQLITE_SCHEMA: _damaged,
     sqlite3.SQLITE_NOTADB: _no_journal,
     sqlite3.SQLITE_CANTOPEN: _closed_off,

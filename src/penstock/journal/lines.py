@@ -8,7 +8,8 @@ does not tell the number 1 from the text "1", nor empty text from nothing; JSON 
 (results, inputs) are JSON in CSV, too.
 
 JSON is ASCII: a line ends where everybody thinks that it ends, U+2028 or not. NaN and infinities are written as
-Python's `json` writes and reads them. CSV is that of RFC 4180: CRLF at the end of a row, line breaks within quotes.
+Python's `json` writes and reads them, since null would be another value; most other programs refuse them. CSV is that
+of RFC 4180: CRLF at the end of a row, line breaks within quotes.
 Text that begins with = + - or @ stands there as it is: this is data for programs, and a spreadsheet that takes it for a
 formula has to be told (import the column as text).
 

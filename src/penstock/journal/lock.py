@@ -30,8 +30,9 @@ takes well below a millisecond, where the machine gives it the time."""
 LOOKS = 50
 """How often it waits. Arbitrary, because: a process that is stopped within a look must not hold up others for ever."""
 
-_held_here: dict[str, int] = {}
-"""Lock file -> process. A child of a fork has the entries of its parent, but not the locks."""
+_held_here: dict[tuple[str, int], object] = {}
+"""Lock file and process -> who has it, or is about to. A child of a fork has the entries of its parent, but not the
+locks. No lock of threads is around it, which a fork could leave locked: `setdefault` is atomic."""
 
 
 class Lock:
@@ -39,8 +40,8 @@ class Lock:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file = ""
         self._connection: sqlite3.Connection | None = None
+        self._entry = ("", 0)
 
     def take(self) -> None:
         """Take the lock, or refuse at once. Makes the file `run.db-lock` where there is none.
@@ -56,29 +57,38 @@ class Lock:
         database.refuse_emptied(self._path)
         refuse_network(self._path)
         # A journal by two names, one of them a link, is one journal.
-        self._file = schema.lock_of(os.path.realpath(self._path))
+        file = schema.lock_of(os.path.realpath(self._path))
+        entry = file, os.getpid()
+        reservation = object()
         connection = None
         try:
-            connection = database.connect(self._file, "mode=rwc", 0)
+            if _held_here.setdefault(entry, reservation) is not reservation:
+                raise JournalError(
+                    f"{self._path}: this very process writes it already, in another run. Wait for that one to end, or "
+                    f"choose another path for each run."
+                )
+            connection = database.connect(file, "mode=rwc", 0)
             if not _is_taken(connection):
-                raise JournalError(_refusal(self._path, self._file))
+                raise JournalError(_refusal(self._path))
             # In a file that may not be written, SQLite begins to read instead, and says so at the first write only.
             connection.execute("PRAGMA user_version = 1")
         except BaseException as error:
             if connection is not None:
                 connection.close()
+            if _held_here.get(entry) is reservation:
+                del _held_here[entry]
             if isinstance(error, sqlite3.Error):
-                raise _explained(error, self._file) from error
+                raise _explained(error, file) from error
             raise
         self._connection = connection
-        _held_here[self._file] = os.getpid()
+        self._entry = entry
 
     def release(self) -> None:
         """Let others in. Any thread; does nothing where it is not held."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            del _held_here[self._file]
             connection.close()
+            del _held_here[self._entry]
 
 
 def is_held(path: str) -> bool:
@@ -141,12 +151,7 @@ def _explained(error: sqlite3.Error, file: str) -> JournalError:
     return database.explained(error, file)
 
 
-def _refusal(path: str, file: str) -> str:
-    if _held_here.get(file) == os.getpid():
-        return (
-            f"{path}: this very process writes it already, in another run. Wait for that one to end, or choose another "
-            f"path for each run."
-        )
+def _refusal(path: str) -> str:
     writer = _writer(path)
     if writer is None:
         return f"{path}: another process writes it. Wait for it to end, or choose another path."
@@ -168,13 +173,13 @@ def _writer(path: str) -> tuple[str, int, float] | None:
     if row is None or row[3] is not None:
         return None
     host, pid, started = row[:3]
-    if not (isinstance(host, str) and isinstance(pid, int) and isinstance(started, float)) or _is_gone(host, pid):
+    if not (isinstance(host, str) and isinstance(pid, int) and isinstance(started, float)) or is_gone(host, pid):
         return None
     return host, pid, started
 
 
-def _is_gone(host: str, pid: int) -> bool:
-    """Whether a process of this machine has died. What cannot be told is no."""
+def is_gone(host: str, pid: int) -> bool:
+    """Whether a process of this machine has died. What cannot be told is no. Any thread."""
     if os.name != "posix" or host != socket.gethostname():
         return False
     try:

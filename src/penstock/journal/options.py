@@ -2,12 +2,14 @@
 
 import json
 import math
+import operator
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, SupportsIndex, cast, get_args
 
-from penstock.errors import UsageError
+from penstock.errors import UsageError, first_line
 from penstock.journal.schema import Key
 
 Resume = Literal["missing", "failed", "all"]
@@ -116,6 +118,11 @@ class Journal:
         for name in ("replay", "intents"):
             if not isinstance(getattr(self, name), bool):
                 raise UsageError(f"{name}={getattr(self, name)!r}: expected True or False.")
+        if self.intents and self.resume == "all":
+            raise UsageError(
+                'Journal(intents=True, resume="all"): an item that is done stays so in the journal while it is run '
+                "again, so nobody could say which of them were in flight. Leave one of the two out."
+            )
         if self.codec is not None and not (hasattr(self.codec, "dumps") and hasattr(self.codec, "loads")):
             raise UsageError(
                 f"codec={self.codec!r:.100}: expected something with dumps(value) and loads(data), such as the "
@@ -148,7 +155,8 @@ class Journal:
             return json.dumps(told, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(
-                f"params={self.params!r:.200}: expected names and values that can be JSON; found otherwise: {error}."
+                f'params: expected names and values that can be JSON, as in params={{"model": "small"}}; found '
+                f"otherwise: {first_line(error)}."
             ) from error
 
 
@@ -193,8 +201,9 @@ def _plain(key: object) -> Key:
         return bytes(memoryview(key))
     if isinstance(key, float):
         return float.__float__(key)
-    if isinstance(key, int) and not isinstance(key, bool):
-        return int.__int__(key)
+    if hasattr(type(key), "__index__") and not isinstance(key, bool):  # integers of other libraries, too
+        with suppress(Exception):  # an array may be one, or not
+            return operator.index(cast("SupportsIndex", key))
     raise ValueError(f"of type {type(key).__name__}")
 
 

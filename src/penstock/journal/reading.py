@@ -1,7 +1,7 @@
 """A journal as others read it: while a run writes it, after it has ended, or after a crash.
 
     run.db          -> rows in slices, each checked against its checksum -> items, dead letters, reports
-    run.db-results  -> results that are too large for a row
+    run.db-results  -> results and inputs that are too large for a row
     run.db-lock     -> whether a run is going on now
 
 Guarantees: nothing is written, and no run is held up. No transaction outlasts a slice, so that an export of hours does
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.errors import ClosedError, JournalError, UsageError, first_line
 from penstock.journal import side_file
 from penstock.journal.database import explaining, open_to_read
-from penstock.journal.lock import is_held
+from penstock.journal.lock import is_gone, is_held
 from penstock.journal.options import JSON, Codec
 from penstock.journal.schema import ITEM_COLUMNS, Key, Row, State, checksum, side_file_of
 from penstock.journal.store import damaged
@@ -130,11 +130,14 @@ class Reading:
         ]
 
     def going_on(self) -> Run | None:
-        """The run that writes it now, in this process or another one."""
+        """The run that writes it now, in this process or another one.
+
+        None as well while somebody works on it who is no run yet, or none at all: who opens it, or compacts it.
+        """
         if not is_held(self.path):
             return None
         last = self.runs()[-1:]
-        return last[0] if last and last[0].ended is None else None
+        return last[0] if last and last[0].ended is None and not is_gone(last[0].host, last[0].pid) else None
 
     def counts(self) -> dict[State, int]:
         """Items by state, each state among them. Rows are counted, not checked."""
@@ -211,16 +214,20 @@ class Reading:
 
     def data(self, row: Row) -> str | bytes | None:
         """The result of an item as the codec wrote it, from wherever it is; None where none is recorded."""
+        return row.result if row.result is None else self._whole(row, row.result)
+
+    def _whole(self, row: Row, in_row: str | bytes) -> str | bytes:
+        """A result or an input, from the side file if it is not in its row."""
         if row.file_offset is None or row.file_size is None or row.file_crc is None:
-            return row.result
+            return in_row
         try:
             large = side_file.read(side_file_of(self.path), row.file_offset, row.file_size, row.file_crc)
         except JournalError:
             newer = self._newer(row)
             if newer is None:
                 raise
-            return self.data(newer)
-        return large.decode() if isinstance(row.result, str) else large
+            return self._whole(newer, in_row)
+        return large.decode() if isinstance(in_row, str) else large
 
     def value(self, row: Row) -> Any:
         """The result of an item; None where none is recorded."""
@@ -228,7 +235,11 @@ class Reading:
 
     def input(self, row: Row) -> Any:
         """The item itself, as far as it is recorded: of those that are dead or unknown; None otherwise."""
-        return self._decoded(row, "input", row.input)
+        return self._decoded(row, "input", self.input_data(row))
+
+    def input_data(self, row: Row) -> str | bytes | None:
+        """The same as the codec wrote it, from wherever it is."""
+        return row.input if row.input is None else self._whole(row, row.input)
 
     def recorded(self, row: Row) -> str | None:
         """When an item was recorded: UTC, in ISO 8601. None for what is no date."""
@@ -236,8 +247,12 @@ class Reading:
         return found
 
     def _newer(self, row: Row) -> Row | None:
-        """The row as it is by now, if its result has moved: the journal was compacted meanwhile."""
-        for _, *columns, crc in self._all(f"{_SELECT} WHERE key = ?", row.key):
+        """The row as it is by now, if its result or input has moved: the journal was compacted meanwhile."""
+        condition = "key = ?"
+        asked: tuple[object, ...] = (row.key,)
+        if row.key is None:  # of those without a key, one that refers to the same bytes is as good
+            condition, asked = "key IS NULL AND file_size = ? AND file_crc = ?", (row.file_size, row.file_crc)
+        for _, *columns, crc in self._all(f"{_SELECT} WHERE {condition} LIMIT 1", *asked):
             newer = Row(*columns)
             return newer if newer.file_offset != row.file_offset and checksum(newer) == crc else None
         return None

@@ -7,12 +7,12 @@ A result that the codec cannot write is a failure of its item, since nobody coul
 """
 
 from json import loads
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from penstock.errors import RecordedError, SkipItem, UsageError, status_of
-from penstock.journal.options import Codec, Journal
+from penstock.errors import CircuitOpen, RecordedError, SkipItem, UsageError, status_of
+from penstock.journal.options import JSON, Codec, Journal
 from penstock.journal.schema import INLINE_BYTES, Key, Row, State, checksum_of_done
-from penstock.outcome import FailureKind, Outcome
+from penstock.outcome import FailureKind, Outcome, provably_unsent
 
 LONGEST_TEXT = 10_000
 """Characters of an error's message, or of an item that is shown. Arbitrary, because: more than a person reads."""
@@ -21,6 +21,7 @@ FIRST_BYTES = 4_096
 
 
 _DONE = State.DONE.value
+_NEVER_BEGUN = "it was about to begin"
 
 
 class Entry(NamedTuple):
@@ -28,10 +29,15 @@ class Entry(NamedTuple):
 
     row: Row
     large: bytes | None = None
-    """The result as bytes, where it is too large for a row: then `row.result` is empty, but of the codec's type."""
+    """The result, or the input of an item that has none, where it is too large for a row: there it is empty then, but
+    of the type that the codec wrote."""
 
 
-def write_value(codec: Codec, value: Any) -> tuple[str | bytes, bytes | None]:
+Written: TypeAlias = tuple[str | bytes, bytes | None]
+"""A value as the codec wrote it: for the row, and for the side file if it is too large for that."""
+
+
+def write_value(codec: Codec, value: Any, what: str = "what the job returned") -> Written:
     """The value as the codec writes it: for the row, and for the side file if it is too large for a row.
 
     Raises:
@@ -46,9 +52,13 @@ def write_value(codec: Codec, value: Any) -> tuple[str | bytes, bytes | None]:
         encoded = data.encode()  # refuses what is no Unicode
         return (data, None) if len(encoded) <= INLINE_BYTES else ("", encoded)
     except Exception as error:
+        cure = (
+            "Return what can be JSON, or give the journal a codec: `penstock.Journal(path, codec=pickle)`."
+            if codec is JSON
+            else "Return what the journal's codec can write, or give it another one."
+        )
         raise UsageError(
-            f"what the job returned cannot be recorded in the journal: {type(error).__name__}: {error}. Return what "
-            f"can be JSON, or give the journal a codec: `penstock.Journal(path, codec=pickle)`."
+            f"{what} cannot be recorded in the journal: {type(error).__name__}: {error}. {cure}"
         ) from error
 
 
@@ -85,41 +95,71 @@ def done_columns(
 
 
 def row_of(
-    outcome: Outcome[Any], key: Key | None, run: int, now: float, spent: str | None, result: str | bytes | None,
-    codec: Codec,
-) -> Row:  # fmt: skip
-    """The row of an outcome; `result` is its value as `write_value` gives it for the row."""
+    outcome: Outcome[Any], key: Key | None, run: int, now: float, spent: str | None, written: Written | None,
+    codec: Codec, *, intents: bool = False,
+) -> Entry:  # fmt: skip
+    """The row of an outcome; `written` is its value as `write_value` gives it.
+
+    A row that is unknown has no kind of failure, so that it can be told from a dead one when it is to be run again.
+    """
     error = outcome.error
+    start = key, _DONE, outcome.attempts, run, now, outcome.waited, outcome.ran, spent
     if error is None:
-        return Row(key, _DONE, outcome.attempts, run, now, outcome.waited, outcome.ran, spent, result)
-    state = State.SKIPPED if isinstance(error, SkipItem) else State.DEAD
-    given, shown = (None, None) if state is State.SKIPPED else write_input(codec, outcome.input)
-    return Row(
-        key, state.value, outcome.attempts, run, now, outcome.waited, outcome.ran, spent,
-        input=given, shown_input=shown, kind=None if outcome.kind is None else outcome.kind.value,
+        result, large = (None, None) if written is None else written
+        return Entry(Row(*start, result), large)
+    state = _state_of_failure(error, outcome.kind, intents)
+    given, shown, large = (None, None, None) if state is State.SKIPPED else write_input(codec, outcome.input)
+    row = Row(
+        *start, input=given, shown_input=shown, kind=outcome.kind if state is State.DEAD else None,
         error=class_of(error), message=message_of(error), status=_small(status_of(error)), answer=_answer_of(error),
     )  # fmt: skip
+    return Entry(row._replace(state=state.value, kind=None if row.kind is None else str(row.kind)), large)
 
 
-def intent_of(item: Any, key: Key, run: int, now: float, codec: Codec) -> Row:
+def _state_of_failure(error: BaseException, kind: FailureKind | None, intents: bool) -> State:
+    """With intents, a job that got no answer has no known outcome: what it asked for may have happened."""
+    if isinstance(error, SkipItem):
+        return State.SKIPPED
+    unanswered = kind in (FailureKind.TRANSIENT, FailureKind.CANCELLED) and status_of(error) is None
+    certain = provably_unsent(error) or isinstance(error, CircuitOpen)
+    return State.UNKNOWN if intents and unanswered and not certain else State.DEAD
+
+
+def intent_of(item: Any, key: Key, run: int, now: float, codec: Codec) -> Entry:
     """The row of an item that is about to be started."""
-    given, shown = write_input(codec, item)
-    return Row(key, State.UNKNOWN.value, 0, run, now, 0.0, 0.0, input=given, shown_input=shown)
+    given, shown, large = write_input(codec, item)
+    return Entry(Row(key, State.UNKNOWN.value, 0, run, now, 0.0, 0.0, input=given, shown_input=shown), large)
 
 
-def write_input(codec: Codec, item: Any) -> tuple[str | bytes | None, str | None]:
-    """An item as the codec writes it, or else as text. Never raises: a dead letter without its input is one still."""
+def never_begun(item: Any, key: Key, run: int, now: float, codec: Codec) -> Entry:
+    """The row that takes an intent back."""
+    entry = intent_of(item, key, run, now, codec)
+    return entry._replace(row=entry.row._replace(state=State.RETRY.value, message=_NEVER_BEGUN))
+
+
+def is_unknown(row: Row) -> bool:
+    """Whether nobody knows what an earlier run has done for this item, also where somebody has asked for it again."""
+    if row.state == State.UNKNOWN:
+        return True
+    return row.state == State.RETRY and row.kind is None and row.message != _NEVER_BEGUN
+
+
+def write_input(codec: Codec, item: Any) -> tuple[str | bytes | None, str | None, bytes | None]:
+    """An item as the codec writes it, or else as text; and what goes to the side file.
+
+    Never raises: a dead letter without its input is one still.
+    """
     try:
-        data = _plain(codec.dumps(item))
-        if isinstance(data, str):
-            data.encode()  # refuses what is no Unicode
-        return data, None
-    except Exception:  # noqa: BLE001  # a codec is the user's, and so is a repr
-        return None, _shown(item)
+        data, large = write_value(codec, item)
+        return data, None, large
+    except UsageError:
+        return None, _shown(item), None
 
 
 def _shown(item: Any) -> str:
     try:
+        if isinstance(item, str | bytes | bytearray):
+            item = item[:LONGEST_TEXT]
         return _text(repr(item))
     except Exception:  # noqa: BLE001  # the user's class
         return f"<a {type(item).__name__} that cannot be shown>"
@@ -128,7 +168,7 @@ def _shown(item: Any) -> str:
 def class_of(error: BaseException) -> str:
     """Class of an error, with its module unless it is a built-in one."""
     kind = type(error)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return _text(f"{kind.__qualname__}" if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}")
 
 
 def message_of(error: BaseException) -> str:

@@ -8,13 +8,14 @@ then `unrecorded` has it. What could not be written is written before what came 
 enough waits for the disk; whoever admits items asks it.
 
 **Trouble** (a full disk, for example): `trouble` is told once. What cannot be written is held and tried again each
-second, and a last time at the close; what then has no place is `unrecorded`.
+second, also for some seconds after the close; what then has no place is `unrecorded`.
 
 Loop thread only. No task of the loop's is needed for a commit: nothing that cancels tasks can lose one.
 """
 
 import asyncio
 import contextvars
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,12 @@ from json import dumps
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 from penstock import clock
-from penstock.errors import JournalError
+from penstock.errors import ClosedError, JournalError
 from penstock.journal.options import Journal
-from penstock.journal.record import Entry, done_columns, intent_of, read_value, row_of, write_value
+from penstock.journal.record import Written, done_columns, intent_of, never_begun, read_value, row_of, write_value
 from penstock.journal.schema import Key, Row, StepRow
 from penstock.journal.seen import Seen
-from penstock.journal.store import Batch, Begun, Known, StepEntry, Store
+from penstock.journal.store import KILLED, Batch, Begun, Known, StepEntry, Store
 from penstock.outcome import Outcome
 from penstock.threads.lane import Lane
 from penstock.threads.workers import Workers
@@ -42,19 +43,25 @@ logger = logging.getLogger("penstock.journal")
 
 BATCH_ROWS = 500
 """Rows that are committed together at most; what a commit costs is shared by them."""
+MOST_BATCHES = 20
+"""Batches that share a commit, where the disk is slow: all that may wait for it."""
 BATCH_TIME = 0.2
 """Seconds after which what there is is committed. Arbitrary, because: five times a second is often enough not to be
 waited for, and seldom enough to cost nothing."""
-MOST_UNCOMMITTED = 20 * BATCH_ROWS
+MOST_UNCOMMITTED = MOST_BATCHES * BATCH_ROWS
 """Outcomes that may wait for the disk. Arbitrary, because: a disk that hangs for a second or so stops nobody."""
 MOST_UNCOMMITTED_BYTES = 64 * 1024 * 1024
 """Bytes of results that may wait for the disk. Arbitrary, because: a thousand of the largest that fit into a row."""
+STRANGE = 100
+"""First keys of a run of which a journal knows none. Arbitrary, because: by chance, that is a new source."""
+WORTH_A_WORD = 2.0
+"""Seconds after which somebody who waits wants to know for what. Arbitrary, because: most disks are done by then."""
 RETRY_AFTER_TROUBLE = 1.0
 """Seconds until what could not be written is tried again. Arbitrary, because: somebody may be making room."""
+HELD_FOR = 5.0
+"""Seconds for which it is tried again when nothing else is left to do. As long as cancelled jobs get."""
 
 
-Written: TypeAlias = tuple[str | bytes, bytes | None]
-"""A value as the codec wrote it: for the row, and for the side file if it is too large for that."""
 Waiting: TypeAlias = tuple[Outcome[Any], Key | None]
 """An outcome that waits for its commit, and the key that it is recorded under."""
 
@@ -117,15 +124,20 @@ class Recording:
         self._codec = options.values
         self._begun: Begun | None = None
         self._run = 0
+        self._strangers: int | None = None
+        """Keys that came first and that the journal does not know; None once that is of no interest."""
         self._uncommitted_bytes = 0
         self._lot = Lot()
         self._lots: deque[Lot] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._again: asyncio.TimerHandle | None = None
         self._writing = False
+        self._in_hand = 0
+        """Batches of the commit that is under way."""
         self._owed = False
         """Whether somebody waits for the commit of what there is."""
-        self._last_try = False
+        self._until = 0.0
+        """When what cannot be written is given up, once it is closed; 0 while that is open."""
         self._on_closed: Callable[[], None] | None = None
         self._account: Callable[[], tuple[str | None, dict[str, int]]] | None = None
         self.seen = Seen(0)
@@ -136,8 +148,13 @@ class Recording:
         Raises:
             JournalError: the file cannot be used.
         """
-        self._begun = await self._answer(self._writer, self._store.open)
+        slow = self._loop.call_later(WORTH_A_WORD, logger.info, "checking %s from end to end", self.options.file)
+        try:
+            self._begun = await self._answer(self._writer, self._store.open)
+        finally:
+            slow.cancel()
         self._run = self._begun.run
+        self._strangers = None if self._begun.example is None else 0
         self.seen = Seen(self._run)
 
     @property
@@ -154,11 +171,29 @@ class Recording:
         def found(future: "concurrent.futures.Future[tuple[dict[Key, Known], dict[Key, list[StepRow]]]]") -> None:
             error = future.exception()
             if error is None:
-                then(Found(*future.result(), None))
+                known, steps = future.result()
+                self._look_whether_strange(keys, known)
+                then(Found(known, steps, None))
             else:
                 then(Found({}, {}, _as_journal_error(error, self.options.file)))
 
         self._in_thread(self._reader, found, self._store.look_up, keys, self._begun.with_steps)
+
+    def _look_whether_strange(self, keys: Sequence[Key], known: Mapping[Key, Known]) -> None:
+        """Say so if a journal that holds items knows none of those that come: as a rule `key=` is another one."""
+        if self._strangers is None or not keys:
+            return
+        self._strangers += len(keys)
+        if known:
+            self._strangers = None
+        elif self._strangers >= STRANGE:
+            assert self._begun is not None, "opened before it is asked"
+            logger.warning(
+                "%s holds items, such as %.100r, and none of the first %d of this run, such as %.100r. Is key= the "
+                "same as before? Text, numbers and bytes are different keys.",
+                self.options.file, self._begun.example, self._strangers, keys[0],
+            )  # fmt: skip
+            self._strangers = None
 
     async def look_up_one(self, key: Key) -> tuple[Known | None, list[StepRow] | None]:
         """What the journal knows of one item, and the steps of it that are finished.
@@ -222,9 +257,11 @@ class Recording:
             lot.batch.done += done_columns(outcome, key, self._run, lot.now, spending, result)
             size = len(result)
         else:
-            row = row_of(outcome, key, self._run, lot.now, spending, result, self._codec)
-            lot.batch.entries.append(Entry(row, large))
-            size = len(large or row.input or "")
+            entry = row_of(
+                outcome, key, self._run, lot.now, spending, written, self._codec, intents=self.options.intents
+            )
+            lot.batch.entries.append(entry)
+            size = len(entry.large or entry.row.input or "")
         if steps and outcome.kind is None and key is not None:
             self._forget_steps(lot.batch, key)
         self.uncommitted += 1
@@ -237,16 +274,17 @@ class Recording:
             batch.steps[:] = [step for step in batch.steps if step.row.key != key]
         batch.forgotten.append(key)
 
-    def put_step(self, key: Key, name: str, arguments: bytes, value: Any) -> None:
-        """Have the result of a step committed, some time.
+    def put_step(self, key: Key, name: str, arguments: bytes, value: Any) -> Any:
+        """Have the result of a step committed, some time; the value as the codec reads it.
 
         Raises:
             UsageError: the codec cannot write it.
         """
-        result, large = write_value(self._codec, value)
+        result, large = write_value(self._codec, value, f"what step {name!r:.100} returned")
         lot = self._begun_lot()
         lot.batch.steps.append(StepEntry(StepRow(key, name, arguments, result), large))
         self._one_more(lot, len(result) if large is None else len(large))
+        return read_value(self._codec, result, large)
 
     async def put_intent(self, key: Key, item: Any) -> None:
         """Commit that a job is about to start.
@@ -255,12 +293,15 @@ class Recording:
 
         Raises:
             JournalError: it could not be committed.
+            ClosedError: the run has ended.
         """
         if self.in_trouble is not None:
             raise self.in_trouble
+        if self._account is not None:
+            raise ClosedError(f"{self.options.file}: the run has ended, and nothing of it begins any more.")
         started: asyncio.Future[None] = self._loop.create_future()
         lot = self._begun_lot()
-        lot.batch.entries.append(Entry(intent_of(item, key, self._run, lot.now, self._codec)))
+        lot.batch.entries.append(intent_of(item, key, self._run, lot.now, self._codec))
         lot.started.append(started)
         lot.rows += 1
         if lot.rows >= BATCH_ROWS:
@@ -275,6 +316,12 @@ class Recording:
         if not lot.rows:
             lot.now = clock.wall()
         return lot
+
+    def withdraw_intent(self, key: Key, item: Any) -> None:
+        """A job has not started after all: its item is as good as missing, whether the intent is on the disk or not."""
+        lot = self._begun_lot()
+        lot.batch.entries.append(never_begun(item, key, self._run, lot.now, self._codec))
+        self._one_more(lot, 0)
 
     def _one_more(self, lot: Lot, size_bytes: int) -> None:
         lot.rows += 1
@@ -308,7 +355,9 @@ class Recording:
             return
         if self._lots:
             self._writing = True
-            self._in_thread(self._writer, self._written, self._store.write, self._lots[0].batch)
+            self._in_hand = min(len(self._lots), MOST_BATCHES)
+            batches = [lot.batch for lot in itertools.islice(self._lots, self._in_hand)]
+            self._in_thread(self._writer, self._written, self._store.write, batches)
         elif self._on_closed is not None:
             self._close_store()
 
@@ -316,12 +365,14 @@ class Recording:
         self._writing = False
         error = future.exception()
         if error is None:
-            self._settle_all(self._lots.popleft())
+            committed = [self._lots.popleft() for _ in range(self._in_hand)]
+            for lot in committed:
+                self._settle_all(lot)
             if self._owed or self._lot.started or self._on_closed is not None:
                 self.flush()
             else:
                 self._write_next()
-        elif self._last_try:
+        elif self._on_closed is not None and self._loop.time() >= self._until:
             self._give_up()
         else:
             self._hold(error)
@@ -342,11 +393,9 @@ class Recording:
             logger.error("%s Nothing new is begun; what is in flight is finished and held.", self.in_trouble)
             self._refuse_intents()
             self._trouble(self.in_trouble)
-        if self._on_closed is not None:
-            self._last_try = True
-            self._write_next()
-        else:
-            self._again = self._loop.call_later(RETRY_AFTER_TROUBLE, self._try_again)
+        if self._on_closed is not None and not self._until:
+            self._until = self._loop.time() + HELD_FOR
+        self._again = self._loop.call_later(RETRY_AFTER_TROUBLE, self._try_again)
 
     def _try_again(self) -> None:
         self._again = None
@@ -368,11 +417,25 @@ class Recording:
         """
         self._account = account
         self._on_closed = on_closed
-        self._last_try = self.in_trouble is not None
+        self._slow = self._loop.call_later(WORTH_A_WORD, self._tell_that_it_takes_long)
+        if self.in_trouble is not None:
+            self._until = self._loop.time() + HELD_FOR
         if self._again is not None:
             self._again.cancel()
             self._again = None
         self.flush()
+
+    def _tell_that_it_takes_long(self) -> None:
+        logger.warning(
+            "still writing to %s: %d outcomes are not committed yet. What ends the program now loses them.",
+            self.options.file, self.uncommitted,
+        )  # fmt: skip
+
+    def _abandon(self) -> None:
+        """The loop was closed under it: let go of file and lock, in the thread that finds out."""
+        self._workers.dismiss()
+        with suppress(JournalError):
+            self._store.close(KILLED, {})
 
     def _give_up(self) -> None:
         """What is held finds no place."""
@@ -397,6 +460,7 @@ class Recording:
         self._writer.close()
         self._reader.close()
         self._workers.dismiss()
+        self._slow.cancel()
         on_closed, self._on_closed = self._on_closed, None
         assert on_closed is not None, "it was told to close"
         on_closed()
@@ -426,8 +490,10 @@ class Recording:
         still.__enter__()
 
         def back(future: "concurrent.futures.Future[Any]") -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            try:
                 self._loop.call_soon_threadsafe(_over, still, then, future)
+            except RuntimeError:  # the loop is closed: nobody is left to be told
+                self._abandon()
 
         # In a context of its own: whoever puts the last outcome of a batch is not whom it works for.
         contextvars.Context().run(lane.submit, fn, *args).add_done_callback(back)

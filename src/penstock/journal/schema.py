@@ -61,13 +61,13 @@ class Row(NamedTuple):
     result: str | bytes | None = None
     """As the codec wrote it; None where there is none, or where it is in the side file."""
     file_offset: int | None = None
-    """Where it begins in the side file."""
+    """Where it begins in the side file; or the input, of an item that has no result."""
     file_size: int | None = None
     """Its length there, in bytes."""
     file_crc: int | None = None
-    """CRC-32 of those bytes. `result` beside it is '' where the codec wrote text, and b'' where it wrote bytes."""
+    """CRC-32 of those bytes. `result` (or `input`) is '' then where the codec wrote text, and b'' where bytes."""
     input: str | bytes | None = None
-    """As the codec wrote it, of items that are dead or unknown; or else as `shown_input`."""
+    """As the codec wrote it, of items that are dead, unknown or to be run again; or else as `shown_input`."""
     shown_input: str | None = None
     """The item as text, where the codec could not write it."""
     kind: str | None = None
@@ -129,7 +129,7 @@ def checksum(row: tuple[Any, ...]) -> int:
     if len(row) != len(ITEM_COLUMNS):
         return zlib.crc32(ascii(tuple(row)).encode())
     end = _END_OF_DONE if row[_END_OF_DONE:] == _EMPTY else len(row)  # nearly all are done
-    while row[end - 1] is None:
+    while end > _REST and row[end - 1] is None:
         end -= 1
     try:
         numbers = zlib.crc32(_pack(*row[_NUMBERS]))

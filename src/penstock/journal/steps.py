@@ -61,10 +61,11 @@ class Memo:
         """What it returned then."""
         return await self._recording.value_of(row)
 
-    def keep(self, name: str, arguments: bytes, value: Any) -> None:
-        """It has returned now."""
-        if not self._over and self._key is not None:
-            self._recording.put_step(self._key, name, arguments, value)
+    def keep(self, name: str, arguments: bytes, value: Any) -> Any:
+        """It has returned `value` now; the value as a later life would hear it."""
+        if self._over or self._key is None:
+            return value
+        return self._recording.put_step(self._key, name, arguments, value)
 
     def close(self) -> None:
         """The item is finished: what still runs for it is not recorded."""
@@ -86,8 +87,9 @@ async def step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) 
 
     `fn` is an async function, or a plain one, which runs in a thread. With a journal, what it returns is recorded until
     the item is done, so that a run that is resumed, or an item that is tried again (`resume="failed"`), does not pay
-    for it twice; it comes back as the journal's codec reads it. Changed arguments make it run again. A job that calls
-    the same step with the same arguments twice has two of them. Without a journal it is just called.
+    for it twice. It is given back as the journal's codec reads it, in the first life too: tuples as lists. Changed
+    arguments make it run again. A job that calls the same step with the same arguments twice has two of them. In jobs
+    that an item's job submits or maps over, it is that item's. Without a journal it is just called.
 
     **Cancellation** cancels `fn`; nothing is recorded then. **Threads**: loop thread only; in a thread that works for
     the job, `penstock.from_thread(penstock.step, ...)`.
@@ -101,17 +103,17 @@ async def step(name: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) 
     job = _job("step")
     name = _checked("step", name)
     check_function(fn, f"penstock.step({name!r}, ...)")
-    item = job.root or job
-    memo: Memo | None = None if item.recorder is None else item.recorder.memo_of(item)
+    item: RunningJob | None = job.root or job
+    while item is not None and item.recorder is None:
+        item = item.reader  # of a stream within a job: that job's item is recorded
+    memo: Memo | None = None if item is None or item.recorder is None else item.recorder.memo_of(item)
     if memo is None:
         return await _call(job, fn, args, kwargs)
     arguments = memo.identify(name, _hash_of(name, args, kwargs))
     known = memo.find(name, arguments)
     if known is not None:
         return await memo.value_of(known)
-    value = await _call(job, fn, args, kwargs)
-    memo.keep(name, arguments, value)
-    return value
+    return memo.keep(name, arguments, await _call(job, fn, args, kwargs))
 
 
 def idempotency_key(step: str = "") -> str:

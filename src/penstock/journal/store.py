@@ -12,10 +12,11 @@ at a time for the rest; none is the loop's.
 """
 
 import json
+import logging
 import os
 import socket
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,7 +29,7 @@ from penstock.journal import side_file
 from penstock.journal.database import explained, open_to_read, open_to_write, set_aside
 from penstock.journal.lock import Lock
 from penstock.journal.options import Journal
-from penstock.journal.record import Entry
+from penstock.journal.record import Entry, runs_again
 from penstock.journal.schema import (
     DONE_COLUMNS,
     ITEM_COLUMNS,
@@ -43,6 +44,11 @@ from penstock.journal.schema import (
 from penstock.journal.side_file import SideFile
 
 R = TypeVar("R", Row, StepRow)
+
+logger = logging.getLogger("penstock.journal")
+
+KILLED = "killed"
+"""Why a run has ended whose process did not live to tell."""
 
 
 class StepEntry(NamedTuple):
@@ -64,6 +70,12 @@ class Batch:
     forgotten: list[Key] = field(default_factory=list)
     """Items that are finished, and whose steps may be on the disk."""
 
+    def has_large(self) -> bool:
+        """Whether something of it goes to the side file."""
+        return any(entry.large is not None for entry in self.entries) or any(
+            step.large is not None for step in self.steps
+        )
+
 
 class Known(NamedTuple):
     """What the journal knows of an item."""
@@ -77,10 +89,10 @@ class Begun(NamedTuple):
 
     run: int
     """The number of this run."""
-    empty: bool
-    """Whether it knows of no item."""
     with_steps: bool
     """Whether it knows of steps."""
+    example: Key | None
+    """The key of an item that it knows."""
 
 
 class Store:
@@ -94,6 +106,7 @@ class Store:
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._side = SideFile(side_file_of(self._path))
+        self._identity: tuple[int, int] | None = None
         self._run = 0
 
     def open(self) -> Begun:
@@ -110,8 +123,10 @@ class Store:
             self._writer = open_to_write(path, full_sync=full_sync)
             if self._is_another_job_s(self._writer):
                 self._writer.close()
-                set_aside(path)
+                logger.warning("%s was begun by another job; it is now %s, and a new one begins", path, set_aside(path))
                 self._writer = open_to_write(path, full_sync=full_sync)
+            self._identity = _identity(path)
+            _refuse_without_side_file(self._writer, path)
             begun = self._begin(self._writer)
             self._reader = open_to_read(path)
         except (sqlite3.Error, OSError) as error:
@@ -142,8 +157,8 @@ class Store:
         connection.execute("BEGIN IMMEDIATE")
         # Of those that had no key, nobody can say whether they come again: they are asked for anew.
         connection.execute("DELETE FROM item WHERE key IS NULL")
-        connection.execute("UPDATE run SET ended = ?, stopped = 'killed' WHERE ended IS NULL", (now,))
-        empty = connection.execute("SELECT NOT EXISTS (SELECT 1 FROM item)").fetchone()[0]
+        connection.execute("UPDATE run SET ended = ?, stopped = ? WHERE ended IS NULL", (now, KILLED))
+        example = connection.execute("SELECT key FROM item LIMIT 1").fetchone()
         with_steps = connection.execute("SELECT EXISTS (SELECT 1 FROM step)").fetchone()[0]
         added = connection.execute(
             "INSERT INTO run(started, host, pid, boot, fingerprint) VALUES (?, ?, ?, ?, ?)",
@@ -152,10 +167,10 @@ class Store:
         connection.execute("COMMIT")
         assert added.lastrowid is not None, "it has inserted a row"
         self._run = added.lastrowid
-        return Begun(self._run, bool(empty), bool(with_steps))
+        return Begun(self._run, bool(with_steps), None if example is None else example[0])
 
-    def write(self, batch: Batch) -> None:
-        """Commit a batch, all of it or nothing.
+    def write(self, batches: Sequence[Batch]) -> None:
+        """Commit batches, all of them or nothing.
 
         Raises:
             JournalError: the disk is full, and the like.
@@ -163,18 +178,11 @@ class Store:
         connection = self._writer
         assert connection is not None, "opened before it is written"
         try:
-            self._place(batch)
-            rows = [entry.row for entry in batch.entries]
-            steps = [entry.row for entry in batch.steps]
+            self._refuse_if_replaced()
+            self._place(batches)
             connection.execute("BEGIN IMMEDIATE")
-            if batch.done:
-                connection.execute(_insert_done(len(batch.done) // (len(DONE_COLUMNS) + 1)), batch.done)
-            if rows:
-                connection.execute(_insert_items(len(rows)), _with_checksums(rows))
-            if steps:
-                connection.execute(_insert_steps(len(steps)), _with_checksums(steps))
-            for some in _slices(batch.forgotten):
-                connection.execute(f"DELETE FROM step WHERE key IN ({_marks(len(some))})", some)
+            for batch in batches:
+                _insert(connection, batch)
             connection.execute("COMMIT")
         except BaseException as error:
             with suppress(sqlite3.Error):  # SQLite may have rolled back by itself
@@ -183,18 +191,40 @@ class Store:
                 raise explained(error, self._path) from error
             raise
 
-    def _place(self, batch: Batch) -> None:
-        """Write what is too large for a row to the side file. Once for each, however often the batch is tried."""
-        for at, (row, large) in enumerate(batch.entries):
-            if large is not None:
-                batch.entries[at] = Entry(self._placed(row, large))
-        for at, (step, large) in enumerate(batch.steps):
-            if large is not None:
-                batch.steps[at] = StepEntry(self._placed(step, large))
-        if any(entry.row.file_size is not None for entry in batch.entries) or any(
-            step.row.file_size is not None for step in batch.steps
-        ):
+    def _refuse_if_replaced(self) -> None:
+        """SQLite goes on with a file that has lost its name, and what is written there is lost with it."""
+        try:
+            identity = _identity(self._path)
+        except FileNotFoundError:
+            identity = None
+        if identity != self._identity:
+            raise JournalError(
+                f"{self._path} was removed or replaced while a run wrote it. What it held is where it went; run again "
+                f"with the file back in its place, or with another path."
+            )
+
+    def _place(self, batches: Sequence[Batch]) -> None:
+        """Write what is too large for a row to the side file, and have it on the disk. Once, however often it is tried.
+
+        What a `sync` that failed was to bring to the disk is written again: the system tells of it only once.
+        """
+        if any(batch.has_large() for batch in batches):
+            placed = [
+                (
+                    [self._placed_entry(entry) for entry in batch.entries],
+                    [self._placed_step(step) for step in batch.steps],
+                )
+                for batch in batches
+            ]
             self._side.sync()
+            for batch, (entries, steps) in zip(batches, placed, strict=True):
+                batch.entries, batch.steps = entries, steps
+
+    def _placed_entry(self, entry: Entry) -> Entry:
+        return entry if entry.large is None else Entry(self._placed(entry.row, entry.large))
+
+    def _placed_step(self, step: StepEntry) -> StepEntry:
+        return step if step.large is None else StepEntry(self._placed(step.row, step.large))
 
     def _placed(self, row: R, large: bytes) -> R:
         offset, size, crc = self._side.append(large)
@@ -210,15 +240,24 @@ class Store:
         assert connection is not None, "opened before it is read"
         try:
             items = connection.execute(_select_items(len(keys)), keys).fetchall()
-            found = connection.execute(_select_steps(len(keys)), keys).fetchall() if with_steps else []
+            known = {
+                columns[1]: Known(columns[0], self._checked(Row(*columns[1:-1]), columns[-1])) for columns in items
+            }
+            return known, self._look_up_steps(connection, keys, known) if with_steps else {}
         except (sqlite3.Error, OSError) as error:
             raise explained(error, self._path) from error
-        known = {columns[1]: Known(columns[0], self._checked(Row(*columns[1:-1]), columns[-1])) for columns in items}
+
+    def _look_up_steps(
+        self, connection: sqlite3.Connection, keys: Sequence[Key], known: Mapping[Key, Known]
+    ) -> dict[Key, list[StepRow]]:
+        """Of the items that are run: all others have no use for them."""
+        running = [key for key in keys if key not in known or runs_again(known[key].row, self._options)]
         steps: dict[Key, list[StepRow]] = {}
-        for columns in found:
-            step = self._checked(StepRow(*columns[:-1]), columns[-1])
-            steps.setdefault(step.key, []).append(step)
-        return known, steps
+        if running:
+            for columns in connection.execute(_select_steps(len(running)), running).fetchall():
+                step = self._checked(StepRow(*columns[:-1]), columns[-1])
+                steps.setdefault(step.key, []).append(step)
+        return steps
 
     def _checked(self, row: R, crc: int) -> R:
         if checksum(row) != crc:
@@ -248,6 +287,7 @@ class Store:
             JournalError: the end of the run could not be recorded.
         """
         connection, self._writer = self._writer, None
+        self.close_reading()  # before the writer, which removes the -wal if it is the last one
         try:
             if connection is not None and self._run:
                 connection.execute(
@@ -260,10 +300,24 @@ class Store:
         finally:
             if connection is not None:
                 connection.close()
-            self.close_reading()  # if it was opened after it was closed
             self._side.close()
             if self._lock is not None:
                 self._lock.release()
+
+
+def _refuse_without_side_file(connection: sqlite3.Connection, path: str) -> None:
+    """Refuse a journal whose large results are gone: what is done would be so by name only."""
+    reach = connection.execute(
+        "SELECT max(coalesce((SELECT max(file_offset + file_size) FROM item), 0),"
+        " coalesce((SELECT max(file_offset + file_size) FROM step), 0))"
+    ).fetchone()[0]
+    side = side_file_of(path)
+    found = os.path.getsize(side) if os.path.exists(side) else 0
+    if found < reach:
+        raise JournalError(
+            f"{side}: has {found:,} bytes, and the journal refers to {reach:,}. Restore both from the same copy, or "
+            f"move both away and begin anew; `penstock export --skip-damaged` saves what is whole."
+        )
 
 
 def fingerprint_of(connection: sqlite3.Connection) -> str | None:
@@ -278,6 +332,25 @@ def damaged(path: str, key: Key | None) -> JournalError:
         f"{path} is damaged: the row of {key!r:.200} does not match its checksum. Restore a copy of the file, or move "
         f"it away and begin anew; `penstock export --skip-damaged` saves what is whole."
     )
+
+
+def _insert(connection: sqlite3.Connection, batch: Batch) -> None:
+    if batch.done:
+        connection.execute(_insert_done(len(batch.done) // (len(DONE_COLUMNS) + 1)), batch.done)
+    if batch.entries:
+        rows = [entry.row for entry in batch.entries]
+        connection.execute(_insert_items(len(rows)), _with_checksums(rows))
+    if batch.steps:
+        steps = [entry.row for entry in batch.steps]
+        connection.execute(_insert_steps(len(steps)), _with_checksums(steps))
+    for some in _slices(batch.forgotten):
+        connection.execute(f"DELETE FROM step WHERE key IN ({_marks(len(some))})", some)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    """What tells a file from another one of its name."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _with_checksums(rows: Iterable[tuple[object, ...]]) -> list[object]:

@@ -2,7 +2,7 @@
 
     retry    rows that are dead -> checked, state RETRY -> one transaction
     compact  steps of finished items go
-             side file: live results -> its end -> rows commit -> its beginning -> rows commit -> cut off behind them
+             side file: what rows refer to -> its end -> rows commit -> its beginning -> rows commit -> cut off behind
              database: VACUUM, and what is in the -wal goes into the file
 
 Guarantees: both hold the journal's `Lock`, and are refused while a run writes. Killed at any moment, or out of disk
@@ -21,6 +21,7 @@ from contextlib import closing, contextmanager, suppress
 from io import FileIO
 from typing import NamedTuple
 
+from penstock.errors import UsageError
 from penstock.journal import side_file
 from penstock.journal.database import explaining, open_to_read, open_to_write
 from penstock.journal.lock import Lock
@@ -54,9 +55,14 @@ def retry(path: str | os.PathLike[str], where: str | None = None, *, unknown: bo
 
     Raises:
         JournalError: a run writes it, it cannot be read or written, or a row is damaged. Nothing is changed then.
-        UsageError: the path is none.
+        UsageError: the path is none; `where` is blank.
     """
     path = as_path(path)
+    if where is not None and not where.strip():
+        raise UsageError(
+            'where is empty: expected which dead items are meant, such as "transient", "HTTP 422" or "ValueError". '
+            "Leave it out for all of them."
+        )
     number = 0
     with _alone(path) as connection, _transaction(connection):
         states = f"({State.DEAD:d}, {State.UNKNOWN:d})" if unknown else f"({State.DEAD:d})"

@@ -1,6 +1,7 @@
-"""Dead letters: the items whose job failed, and those of which nobody knows how they ended, with all that is known.
+"""What a program reads out of a journal: results; and dead letters, with all that is known of them.
 
-    run.db -> rows that are dead or unknown, checked, in slices -> DeadLetter
+    run.db -> rows that are done, checked, in slices            -> key and value
+           -> rows that are dead or unknown, checked, in slices -> DeadLetter
 
 Threads: any; the iterator belongs to the one that uses it.
 """
@@ -71,6 +72,28 @@ def dead(path: str | os.PathLike[str], *, codec: Codec | None = None) -> Iterato
     with Reading(path, codec=codec) as reading:
         for row in reading.rows(State.DEAD, State.UNKNOWN):
             yield dead_letter(reading, row)
+
+
+def results(path: str | os.PathLike[str], *, codec: Codec | None = None) -> Iterator[tuple[Key, Any]]:
+    """Key and value of each item that is done, in the order in which they were first recorded.
+
+        values = dict(penstock.results("run.db"))
+
+    As for `dead`: constant memory, also while a run writes, blocking, any thread.
+
+    Args:
+        codec: what wrote the results: that of the run's `Journal`.
+
+    Raises:
+        JournalError: by `next`: the journal cannot be read, something in it is damaged, or the codec is another one.
+        UsageError: by `next`: the path is none.
+    """
+    from penstock.journal.reading import Reading  # SQLite is not for everybody to import
+
+    with Reading(path, codec=codec) as reading:
+        for row in reading.rows(State.DONE):
+            assert row.key is not None, "what is done has one"
+            yield row.key, reading.value(row)
 
 
 def dead_letter(reading: "Reading", row: Row) -> DeadLetter:
