@@ -205,8 +205,8 @@ def test_a_connection_counts_as_used_unless_it_provably_was_not() -> None:
         (
             AllFailed(1000, "HttpStatusError: GET http://x/a -> HTTP 401"),
             "the first 1,000 jobs all failed, the first one by 'HttpStatusError: GET http://x/a -> HTTP 401'. As a "
-            "rule the URL or the key is wrong, or the job is; correct it and run again. fail_fast=None goes on "
-            "whatever fails.",
+            "rule the URL or the key is wrong, or the job is; correct it and run again, with a journal by "
+            'resume="failed". fail_fast=None goes on whatever fails.',
         ),
         (
             BudgetReached("usd", 10.02, 10),

@@ -233,7 +233,7 @@ class _Values:
             if self._told is not None:
                 raise UsageError(f"--codec {self._told} cannot read the {what} of {key!r:.80}{_why(error)}") from error
         else:
-            with suppress(TypeError, ValueError, RecursionError):
+            with suppress(Exception):  # its class is the user's
                 plain = value if self._told is None else as_json(value)
                 self._lenient += not _is_strict(plain)
                 return plain

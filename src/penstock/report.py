@@ -281,6 +281,8 @@ def _reason(error: BaseException) -> str:
     """What an error has in common with others of its cause: messages and addresses often hold the record's number."""
     line = first_line(error)
     status = status_of(error)
-    if status is not None:  # what the answer says may name the record; what was asked for is told apart
-        line = f"{line.partition(' -> ')[0].partition('?')[0]} {status}"
-    return re.sub(r"\d+", "#", line)
+    if status is None:
+        return re.sub(r"\d+", "#", line)
+    # What the answer says may name the record; what was asked for is told apart.
+    asked = re.sub(r"\d+", "#", line.partition(" -> ")[0].partition("?")[0])
+    return f"{asked} {status}"

@@ -5,18 +5,21 @@ import copy
 import math
 import pickle
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from fractions import Fraction
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.errors import AllFailed, BudgetReached, SkipItem, TooManyErrors, UsageError
-from penstock.executor.ledger import MINIMUM_SAMPLE, Budget, Ledger, Stop, check_rules
+from penstock.executor.ledger import FIRST_JOBS, MINIMUM_SAMPLE, Budget, Ledger, Stop, check_rules
 from penstock.outcome import FailureKind, Outcome
 from penstock.report import ALL_FAILED, BUDGET_REACHED, TIME_UP, TOO_MANY_ERRORS
 from penstock.testing import VirtualClockLoop
+
+T = TypeVar("T")
 
 
 def done(attempts: int = 0) -> Outcome[Any]:
@@ -46,8 +49,12 @@ def ledger_of(
 
 
 def stops(ledger: Ledger, outcomes: list[Outcome[Any]]) -> list[tuple[int, Stop]]:
-    """After how many outcomes it was to stop, and why."""
-    answers = [(number, ledger.count(outcome)) for number, outcome in enumerate(outcomes, 1)]
+    """After how many outcomes it was to stop, and why. Each attempt is made before its job ends."""
+    answers = []
+    for number, outcome in enumerate(outcomes, 1):
+        for _ in range(outcome.attempts):
+            ledger.attempt()
+        answers.append((number, ledger.count(outcome)))
     return [(number, stop) for number, stop in answers if stop is not None]
 
 
@@ -139,6 +146,20 @@ def test_a_budget_of_requests_is_reached_by_the_attempts_of_jobs_that_ended(
             expected.append((number, ("requests", attempts, limit)))
     assert [(number, stop.error.args) for number, stop in found] == expected[:1]
     assert all(stop.verdict == BUDGET_REACHED for _, stop in found)
+
+
+def test_attempts_of_jobs_in_flight_count_when_the_next_one_ends() -> None:
+    """They are used, whatever becomes of their jobs."""
+    ledger = ledger_of(budget=Budget(requests=5))
+    for _ in range(4):
+        ledger.attempt()
+    assert ledger.count(done(1)) is None
+    ledger.attempt()
+    stop = ledger.count(skipped())
+    assert stop is not None
+    assert stop.error.args == ("requests", 5, 5)
+    ledger.attempt()
+    assert (ledger.used("requests"), ledger.used("usd")) == (6, 0)
 
 
 def test_a_failure_that_breaks_two_rules_is_told_as_too_many_errors() -> None:
@@ -274,6 +295,112 @@ def test_a_thread_that_outlives_the_loop_may_still_spend() -> None:
     assert ledger.spent == {"usd": 1}
 
 
+# --- foresight ---
+
+
+@given(
+    used=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 9)), max_size=30),
+    in_flight=st.integers(0, 300),
+    usd=st.integers(1, 2_000),
+    requests=st.integers(1, 300),
+)
+@example(used=[(1, 1)] * 3, in_flight=4, usd=7, requests=300)
+@example(used=[(1, 1)] * 3, in_flight=4, usd=300, requests=7)
+@example(used=[(0, 0)] * 9, in_flight=300, usd=1, requests=1)
+def test_no_job_is_begun_when_those_in_flight_are_expected_to_use_the_rest(
+    used: list[tuple[int, int]], in_flight: int, usd: int, requests: int
+) -> None:
+    """Each as much as finished ones did on average. Where none has finished, few begin; where none is in flight, one
+    may."""
+    ledger = ledger_of(budget=Budget(usd=usd, requests=requests))
+    for spent, attempts in used:
+        ledger.count(done(attempts), {"usd": float(spent), "tokens": 5.0})
+    if not used:
+        expected = in_flight >= FIRST_JOBS
+    else:
+        jobs = Fraction(len(used) + in_flight, len(used))
+        by_unit = [(sum(spent for spent, _ in used), usd), (sum(attempts for _, attempts in used), requests)]
+        expected = in_flight > 0 and any(so_far * jobs >= limit for so_far, limit in by_unit)
+    assert ledger.holds(in_flight) == expected
+
+
+@given(
+    cost=st.integers(1, 20),
+    limit=st.integers(1, 400),
+    slots=st.integers(1, 256),
+    unit=st.sampled_from(["usd", "requests"]),
+    ends=st.lists(st.booleans(), max_size=300),
+)
+@example(cost=1, limit=10, slots=256, unit="usd", ends=[])
+@example(cost=1, limit=7, slots=256, unit="usd", ends=[True] * 3)
+def test_jobs_that_use_the_same_use_what_there_is_and_no_more(
+    cost: int, limit: int, slots: int, unit: str, ends: list[bool]
+) -> None:
+    """In whatever order they begin and end. Only the first few may be too many, of which nobody knew what they use."""
+
+    async def main() -> int:
+        told: list[Stop] = []
+        budget = Budget(requests=limit) if unit == "requests" else Budget(usd=limit)
+        ledger = ledger_of(budget=budget, on_stop=told.append)
+        ledger.begin(asyncio.get_running_loop())
+        in_flight = began = 0
+        chances = iter(ends)
+        while True:
+            may_begin = not told and in_flight < slots and not (in_flight and ledger.holds(in_flight))
+            if may_begin and not (in_flight and next(chances, False)):
+                in_flight += 1
+                began += 1
+                continue
+            if not in_flight:
+                break
+            in_flight -= 1
+            if unit == "usd":
+                ledger.spend({"usd": cost})
+                stop = ledger.count(done(), {"usd": float(cost)})
+            else:
+                for _ in range(cost):
+                    ledger.attempt()
+                stop = ledger.count(done(cost))
+            told += [] if stop is None else [stop]
+        ledger.end()
+        assert len(told) == 1
+        return began
+
+    enough = -(-limit // cost)
+    assert enough <= run(main()) <= max(enough, min(FIRST_JOBS, slots))
+
+
+def test_books_without_a_budget_never_hold_a_job_back() -> None:
+    ledger = ledger_of(max_errors=1, fail_fast=1, budget=Budget(time=1))
+    assert not ledger.keeps_a_budget
+
+
+# --- units that nobody spends ---
+
+
+def test_a_unit_that_no_job_has_spent_is_named_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """It was misspelt, as a rule, and limits nothing. Told once, with what was spent."""
+    ledger = ledger_of(budget=Budget(dollar=10, pages=5))
+    ledger.spend({"usd": 1, "pages": 1})
+    ledger.count(done(), {"usd": 1.0, "pages": 1.0})
+    ledger.end()
+    ledger.end()
+    assert caplog.messages == ["Budget(dollar=...): no job has spent any 'dollar'; spent were: usd, pages."]
+
+
+def test_jobs_that_spend_nothing_at_all_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    ledger = ledger_of(budget=Budget(usd=10))
+    ledger.count(done())
+    ledger.end()
+    assert caplog.messages == ["Budget(usd=...): no job has spent any 'usd'; nothing was spent at all."]
+
+
+def test_where_no_job_has_ended_nobody_can_have_spent_anything(caplog: pytest.LogCaptureFixture) -> None:
+    """A run of nothing, or of what earlier runs have done."""
+    ledger_of(budget=Budget(usd=10)).end()
+    assert caplog.messages == []
+
+
 # --- time ---
 
 
@@ -359,6 +486,24 @@ def test_a_limit_that_cannot_be_one_is_refused(wrong: dict[str, Any]) -> None:
         Budget(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("seconds", "time=<seconds>"),
+        ("timeout", "time=<seconds>"),
+        ("attempts", "requests=<number>"),
+        ("calls", "requests=<number>"),
+        ("items", "islice"),
+        ("jobs", "islice"),
+        ("errors", "max_errors=<number>"),
+    ],
+)
+def test_a_name_that_means_something_else_is_refused(name: str, meant: str) -> None:
+    """No job would ever spend it, so that it would limit nothing. The message says what to write."""
+    with pytest.raises(UsageError, match=rf"Budget\({name}=...\): .*{meant}"):
+        Budget(**{name: 10})
+
+
 # --- rules ---
 
 
@@ -388,6 +533,6 @@ def test_rules_that_cannot_work_are_refused(rules: tuple[Any, Any, Any], message
         check_rules(*rules)
 
 
-def run(main: Any) -> None:
+def run(main: Coroutine[Any, Any, T]) -> T:
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
-        runner.run(main)
+        return runner.run(main)

@@ -81,6 +81,9 @@ class Index:
     def __index__(self) -> int:
         return self._number
 
+    def __repr__(self) -> str:
+        return f"Index({self._number})"
+
 
 class Array:
     """Might be a whole number, but is none."""

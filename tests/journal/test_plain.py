@@ -5,6 +5,7 @@ import enum
 import json
 from array import array
 from collections import Counter, OrderedDict, deque
+from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -97,6 +98,41 @@ def test_what_has_no_form_is_refused_as_a_whole(value: Any) -> None:
     """Rather than shown without some of it: two keys that are one as text would be."""
     with pytest.raises(TypeError):
         as_json({"deep": [value]})
+
+
+def test_values_of_other_libraries_say_it_by_the_same_names() -> None:
+    """Arrays and dates of any of them; what raises on the way is no form."""
+
+    class Array:
+        def tolist(self) -> Any:
+            return [1, date(2026, 1, 2)]
+
+    class Broken:
+        def isoformat(self) -> str:
+            raise ArithmeticError
+
+    assert as_json(Array()) == [1, "2026-01-02"]
+    with pytest.raises(ArithmeticError):
+        as_json(Broken())
+    with pytest.raises(TypeError):
+        as_json(Array)
+
+
+def test_what_can_only_be_iterated_over_is_refused() -> None:
+    """It may be a part of what there is, such as the names of a table's columns."""
+
+    class Table:
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a"])
+
+        def __contains__(self, name: object) -> bool:
+            return name == "a"
+
+    with pytest.raises(TypeError, match="a Table has no form in JSON"):
+        as_json(Table())
 
 
 def test_what_holds_itself_is_refused() -> None:

@@ -25,6 +25,7 @@ from penstock.journal.options import Codec, Journal
 from penstock.journal.recording import (
     BATCH_ROWS,
     BATCH_TIME,
+    HELD_FOR,
     MOST_UNCOMMITTED,
     RETRY_AFTER_TROUBLE,
     STRANGE,
@@ -332,8 +333,8 @@ async def test_a_result_that_the_codec_cannot_read_is_told_with_its_key(path: st
 async def test_a_large_result_that_is_damaged_is_told(path: str) -> None:
     async with opened(path) as run:
         run.put("a", LARGE)
-    os.truncate(f"{path}-results", 5)
     async with opened(path) as run:
+        os.truncate(f"{path}-results", 5)
         found = await run.look_up("a")
         with pytest.raises(JournalError, match=r"run\.db-results: ends before"):
             await run.recording.value_of(found.known["a"].row)
@@ -706,22 +707,40 @@ async def test_what_finds_no_place_is_kept_for_who_asks(path: str) -> None:
         run.put(2, error=ValueError("bad"))
         run.recording.flush()
         run.put(3)
-        tries = run.tries
-    assert run.tries == tries + 1
+        tries, began = run.tries, asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - began == pytest.approx(HELD_FOR, abs=0.02)
+    assert run.tries == tries + 1 + HELD_FOR / RETRY_AFTER_TROUBLE
     assert [ended.key for ended in run.recording.unrecorded] == [1, 2, 3]
     assert states(path) == {0: State.DONE}
 
 
 @pytest.mark.virtual_clock
-async def test_trouble_that_comes_with_the_close_has_a_second_try(path: str) -> None:
+async def test_trouble_that_comes_with_the_close_is_borne_for_some_seconds(path: str) -> None:
+    """And told: nobody is to take what was lost for recorded."""
+    async with opened(path) as run:
+        run.broken = FULL
+        run.put(0)
+        began = asyncio.get_running_loop().time()
+        run.close()
+        await run.closed.wait()
+    assert asyncio.get_running_loop().time() - began == pytest.approx(HELD_FOR, abs=0.02)
+    assert run.troubles == [FULL]
+    assert run.recording.unrecorded == run.puts
+    assert rows(path, "SELECT stopped FROM run") == [("why",)]
+
+
+@pytest.mark.virtual_clock
+async def test_trouble_that_passes_during_the_close_loses_nothing(path: str) -> None:
+    """Somebody has made room in time."""
     async with opened(path) as run:
         run.broken = FULL
         run.put(0)
         run.close()
+        await until(lambda: run.tries == 3)
+        run.broken = None
         await run.closed.wait()
-    assert run.tries == 2
-    assert run.recording.unrecorded == run.puts
-    assert rows(path, "SELECT stopped FROM run") == [("why",)]
+    assert run.recording.unrecorded == []
+    assert run.settled == run.puts
 
 
 @pytest.mark.virtual_clock

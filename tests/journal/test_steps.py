@@ -249,7 +249,7 @@ async def test_a_damaged_step_is_not_taken_for_an_answer(path: str) -> None:
         await live(job, path)
 
 
-async def test_a_large_step_that_is_lost_fails_its_item(path: str) -> None:
+async def test_a_large_step_that_is_damaged_fails_its_item(path: str) -> None:
     """It is not called again behind somebody's back."""
 
     async def ask() -> str:
@@ -257,9 +257,13 @@ async def test_a_large_step_that_is_lost_fails_its_item(path: str) -> None:
 
     job = in_two_lives(lambda *_: step("ask", ask), Service())
     await live(job, path)
-    os.unlink(f"{path}-results")
+    spoilt = Path(f"{path}-results")
+    spoilt.write_bytes(b"y" * spoilt.stat().st_size)
     (outcome,) = await live(job, path)
     assert isinstance(outcome.error, JournalError)
+    spoilt.unlink()
+    with pytest.raises(JournalError, match=r"run\.db-results: has 0 bytes"):
+        await live(job, path)
 
 
 # --- for how long ---
@@ -749,7 +753,7 @@ async def test_a_child_and_a_thread_have_the_idempotency_key_of_their_item() -> 
     await keys_of(job, [1])
 
 
-@pytest.mark.parametrize("key", [None, object(), True], ids=repr)
+@pytest.mark.parametrize("key", [None, object(), True], ids=lambda key: type(key).__name__)
 async def test_an_item_without_a_key_has_no_idempotency_key(key: Any) -> None:
     """It would be that of all items."""
 

@@ -320,9 +320,11 @@ class Feed:
         if outcome is None:
             self._leave(job)
         else:
-            self._judge(outcome, job.spent)
+            if self.ledger.watches:
+                self._judge(outcome, job.spent)
         self._settle(job, outcome)
-        self._look_at_budget()
+        if self._held:
+            self._look_at_budget()
 
     def _leave(self, job: ActiveJob) -> None:
         """Its job was cancelled from outside."""
@@ -333,10 +335,9 @@ class Feed:
 
     def _look_at_budget(self) -> None:
         """A job has ended: how much a job uses is known a little better."""
-        if self._held:
-            self._held = self.ledger.holds(self.running)
-            if self._room is not None:
-                self._wake_if_room(self._room)
+        self._held = self.ledger.holds(self.running)
+        if self._room is not None:
+            self._wake_if_room(self._room)
 
     def _judge(self, outcome: Outcome[Any], spent: Mapping[str, float] | None) -> None:
         stop = self.ledger.count(outcome, spent)

@@ -187,7 +187,7 @@ class Ledger:
         """What jobs that have ended used, by unit."""
         self.keeps_a_budget = bool(self._limits) or self._budget.requests is not None
         """Whether `holds` may ever say so."""
-        self._watches = False
+        self.watches = False
         self._look_whether_to_watch()
         self._stopped = False
         self._ended = False
@@ -217,8 +217,6 @@ class Ledger:
         self.finished += 1
         if outcome.kind is not None:
             self.failed += 1
-        if not self._watches:
-            return None
         if self.keeps_a_budget:
             self._ended_jobs[REQUESTS] += outcome.attempts
             for unit in self._limits:
@@ -240,11 +238,14 @@ class Ledger:
             return False
         if not self.finished:
             return in_flight >= FIRST_JOBS
-        ahead = 1 + in_flight / self.finished
         requests = self._budget.requests
-        if requests is not None and self._ended_jobs[REQUESTS] * ahead >= requests:
+        if requests is not None and self._foreseen(REQUESTS, in_flight) >= requests:
             return True
-        return any(self._ended_jobs[unit] * ahead >= limit for unit, limit in self._limits.items())
+        return any(self._foreseen(unit, in_flight) >= limit for unit, limit in self._limits.items())
+
+    def _foreseen(self, unit: str, in_flight: int) -> float:
+        used = self._ended_jobs[unit]
+        return used + used * in_flight / self.finished
 
     def attempt(self) -> None:
         """A job has begun an attempt of a round trip. Loop thread only."""
@@ -282,7 +283,7 @@ class Ledger:
     def _look_whether_to_watch(self) -> None:
         """Most runs have no rule that outcomes could break: they pay for two additions an item."""
         rules = (self._max_errors, self._fail_fast)
-        self._watches = self.keeps_a_budget or any(rule is not None for rule in rules)
+        self.watches = self.keeps_a_budget or any(rule is not None for rule in rules)
 
     def _judge(self, outcome: Outcome[Any]) -> Stop | None:
         stop = None

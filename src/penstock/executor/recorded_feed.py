@@ -287,7 +287,8 @@ class RecordedFeed(Feed):
         if self._gave_up or outcome is None:
             super().job_ended(job, outcome)
             return
-        self._judge(outcome, job.spent)
+        if self.ledger.watches:
+            self._judge(outcome, job.spent)
         self._undelivered -= 1
         job.recorder = None  # what still runs for it is not recorded
         had_steps = bool(self._memos or self._steps) and self._forget_steps(job)

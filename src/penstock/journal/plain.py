@@ -4,14 +4,14 @@
 
 | what                                    | becomes                                            |
 |-----------------------------------------|----------------------------------------------------|
-| date, time, date and time               | text, ISO 8601                                     |
-| span of time                            | seconds                                            |
+| date, time: what has an `isoformat()`   | text, ISO 8601                                     |
+| span of time: has `total_seconds()`     | seconds                                            |
 | Decimal, Fraction, UUID, path           | text                                               |
 | enum                                    | its value                                          |
 | dataclass, named tuple                  | an object, by field                                |
 | mapping                                 | an object; keys that are no text are written as it |
 | set                                     | a list, sorted where that is possible              |
-| all other collections, and arrays       | a list; arrays are whatever has a `tolist()`       |
+| sequence; array: what has a `tolist()`  | a list                                             |
 | bytes                                   | `{"base64": "..."}`                                |
 
 This is for reading: what was a date and what was text is not told apart any more. What is none of these is refused as a
@@ -21,7 +21,6 @@ Threads: any.
 """
 
 import dataclasses
-import datetime
 import decimal
 import enum
 import fractions
@@ -29,12 +28,13 @@ import json
 import pathlib
 import uuid
 from base64 import b64encode
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 _AS_TEXT = decimal.Decimal | fractions.Fraction | uuid.UUID | pathlib.PurePath
-_DATES = datetime.date | datetime.time  # a datetime is a date
 _BYTES = bytes | bytearray | memoryview
+_METHODS = ("isoformat", "total_seconds", "tolist")
+"""Of values of other libraries too, which say the same by these names."""
 
 
 def as_json(value: Any) -> Any:
@@ -43,6 +43,7 @@ def as_json(value: Any) -> Any:
     Raises:
         TypeError: there is something in it that has no such form, or two keys of a mapping would become one.
         RecursionError: it is nested too deeply, or holds itself.
+        Exception: what its own methods raise.
     """
     if value is None or isinstance(value, str | int | float | enum.Enum):
         return as_json(value.value) if isinstance(value, enum.Enum) else value
@@ -51,11 +52,9 @@ def as_json(value: Any) -> Any:
             return shown(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    plain = getattr(value, "tolist", None)
-    if callable(plain) and not isinstance(value, type):
-        return as_json(plain())
-    if isinstance(value, Collection):
-        return [as_json(each) for each in value]
+    for name in _METHODS:
+        if callable(getattr(type(value), name, None)):  # a class has them too, but not for itself
+            return as_json(getattr(value, name)())
     raise TypeError(f"a {type(value).__name__} has no form in JSON")
 
 
@@ -75,8 +74,8 @@ def _name(key: Any) -> str:
     raise TypeError(f"a {type(key).__name__} is no name of a field in JSON")
 
 
-def _tuple(value: tuple[Any, ...]) -> Any:
-    names = getattr(value, "_fields", None)
+def _sequence(value: Sequence[Any]) -> Any:
+    names = getattr(value, "_fields", None) if isinstance(value, tuple) else None
     if names is None:
         return [as_json(each) for each in value]
     return {name: as_json(each) for name, each in zip(names, value, strict=True)}
@@ -94,11 +93,9 @@ def _bytes(value: bytes | bytearray | memoryview) -> dict[str, str]:
 
 
 _FORMS: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
-    (_DATES, lambda value: value.isoformat()),
-    (datetime.timedelta, datetime.timedelta.total_seconds),
     (_AS_TEXT, str),
     (_BYTES, _bytes),
     (Mapping, _object),
-    (tuple, _tuple),
+    (Sequence, _sequence),
     (Set, _set),
 )

@@ -372,7 +372,7 @@ class Recording:
                 self.flush()
             else:
                 self._write_next()
-        elif self._on_closed is not None and self._loop.time() >= self._until:
+        elif self._until and self._loop.time() >= self._until:
             self._give_up()
         else:
             self._hold(error)

@@ -39,6 +39,7 @@ from penstock.journal.schema import (
     State,
     StepRow,
     checksum,
+    lock_of,
     side_file_of,
 )
 from penstock.journal.side_file import SideFile
@@ -106,7 +107,8 @@ class Store:
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._side = SideFile(side_file_of(self._path))
-        self._identity: tuple[int, int] | None = None
+        self._identities: dict[str, tuple[int, int] | None] = {}
+        """Of the journal and its lock, which lets others in where it is removed."""
         self._run = 0
 
     def open(self) -> Begun:
@@ -125,7 +127,7 @@ class Store:
                 self._writer.close()
                 logger.warning("%s was begun by another job; it is now %s, and a new one begins", path, set_aside(path))
                 self._writer = open_to_write(path, full_sync=full_sync)
-            self._identity = _identity(path)
+            self._identities = {file: _identity(file) for file in (path, lock_of(path))}
             _refuse_without_side_file(self._writer, path)
             begun = self._begin(self._writer)
             self._reader = open_to_read(path)
@@ -193,15 +195,12 @@ class Store:
 
     def _refuse_if_replaced(self) -> None:
         """SQLite goes on with a file that has lost its name, and what is written there is lost with it."""
-        try:
-            identity = _identity(self._path)
-        except FileNotFoundError:
-            identity = None
-        if identity != self._identity:
-            raise JournalError(
-                f"{self._path} was removed or replaced while a run wrote it. What it held is where it went; run again "
-                f"with the file back in its place, or with another path."
-            )
+        for file, identity in self._identities.items():
+            if _identity(file) != identity:
+                raise JournalError(
+                    f"{file} was removed or replaced while a run wrote the journal. What was recorded is where it "
+                    f"went; put it back in its place and run again, or choose another path."
+                )
 
     def _place(self, batches: Sequence[Batch]) -> None:
         """Write what is too large for a row to the side file, and have it on the disk. Once, however often it is tried.
@@ -347,9 +346,12 @@ def _insert(connection: sqlite3.Connection, batch: Batch) -> None:
         connection.execute(f"DELETE FROM step WHERE key IN ({_marks(len(some))})", some)
 
 
-def _identity(path: str) -> tuple[int, int]:
-    """What tells a file from another one of its name."""
-    status = os.stat(path)
+def _identity(path: str) -> tuple[int, int] | None:
+    """What tells a file from another one of its name; None where there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
     return status.st_dev, status.st_ino
 
 

@@ -1,4 +1,4 @@
-"""Dead letters: what failed, with all that is known of it."""
+"""What a program reads out of a journal: results; and dead letters, with all that is known of them."""
 
 import json
 import pickle
@@ -11,7 +11,7 @@ import pytest
 
 from penstock.errors import JournalError
 from penstock.journal.database import open_to_write
-from penstock.journal.letters import DeadLetter, dead
+from penstock.journal.letters import DeadLetter, dead, results
 from penstock.journal.schema import INLINE_BYTES, ITEM_COLUMNS, Row, checksum, side_file_of
 from penstock.journal.side_file import SideFile
 from penstock.outcome import FailureKind
@@ -92,6 +92,23 @@ def test_a_large_input_comes_from_the_side_file(path: str) -> None:
     file.close()
     record(path, [failed("a", "", file_offset=offset, file_size=size, file_crc=crc)])
     assert [letter.input for letter in dead(path)] == [item]
+
+
+def test_results_are_those_of_items_that_are_done(path: str) -> None:
+    """Key and value, as the codec reads it, in the order in which they were recorded; of nothing else."""
+    rows = [Row(key, 1, 1, 1, RECORDED, 0.0, 0.0, result=result) for key, result in (("b", "[1]"), (7, "null"))]
+    record(path, [*rows, failed("a", "1"), Row("s", 3, 1, 1, RECORDED, 0.0, 0.0)])
+    assert list(results(path)) == [("b", [1]), (7, None)]
+
+
+def test_results_are_read_by_the_codec_that_wrote_them(path: str) -> None:
+    """Another one is refused; what came before it has been delivered."""
+    written: list[tuple[str, str | bytes]] = [("a", pickle.dumps({1, 2})), ("b", "7")]
+    record(path, [Row(key, 1, 1, 1, RECORDED, 0.0, 0.0, result=result) for key, result in written])
+    found = results(Path(path), codec=pickle)
+    assert next(found) == ("a", {1, 2})
+    with pytest.raises(JournalError, match=r"result of 'b' cannot be read by this codec"):
+        next(found)
 
 
 def test_a_kind_that_is_not_known_here_is_none(path: str) -> None:
