@@ -420,6 +420,19 @@ def test_retry_asks_for_dead_items_again(path: str, capsys: pytest.CaptureFixtur
         assert capsys.readouterr().out == f"{number} items will be run again by the next run on {path}\n"
 
 
+def test_what_is_damaged_is_run_again_on_request(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One turned bit is no reason to begin anew."""
+    record(path, [row("a", State.DONE, result="1"), row("b", State.DONE, result="1")])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE item SET result = '2' WHERE key = 'a'")
+        connection.commit()
+    assert main(["export", path]) == 1
+    assert "retry --damaged" in capsys.readouterr().err
+    assert main(["retry", path, "--damaged"]) == 0
+    assert capsys.readouterr().out == "1 items and steps that are damaged will be run again by the next run\n"
+    assert main(["export", path]) == 0
+
+
 def test_compact_tells_what_it_has_come_to(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Sizes before and after."""
     record(path, [])

@@ -35,7 +35,7 @@ from penstock.journal.options import JSON, Codec
 from penstock.journal.plain import as_json
 from penstock.journal.reading import Reading, Run
 from penstock.journal.schema import Key, State, lock_of, side_file_of
-from penstock.journal.upkeep import compact, retry
+from penstock.journal.upkeep import compact, forget_damaged, retry
 
 DONE, WRONG, INTERRUPTED = 0, 1, 130
 """Exit statuses. The last one is the shell's for a program that SIGINT ended."""
@@ -167,6 +167,10 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _retry(arguments: argparse.Namespace) -> None:
+    if arguments.damaged:
+        number = forget_damaged(arguments.journal)
+        sys.stdout.write(f"{number:,} items and steps that are damaged will be run again by the next run\n")
+        return
     number = retry(arguments.journal, arguments.where, unknown=arguments.unknown)
     sys.stdout.write(f"{number:,} items will be run again by the next run on {arguments.journal}\n")
 
@@ -399,6 +403,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     again.add_argument("--where", metavar="WHICH", help='a kind ("transient"), a status ("HTTP 422"), or a part of the '
                        'class and first line of the error ("ValueError")')  # fmt: skip
+    again.add_argument("--damaged", action="store_true", help="instead: what is damaged, and is forgotten with that")
     again.add_argument("--unknown", action="store_true", help="also those of which nobody knows how they ended")
     add(
         "compact", _compact, "give disk space back", "Refused while a run writes. Needs as much room as the journal "

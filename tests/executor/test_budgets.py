@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import penstock
 from penstock import Budget, Executor, FailureKind, Gate, Outcome, Retry, SkipItem, UsageError
 from penstock.errors import AllFailed, BudgetReached
+from penstock.executor.ledger import FIRST_JOBS
 from penstock.report import ALL_FAILED, BUDGET_REACHED, TIME_UP
 
 Job = Callable[[int], Awaitable[Any]]
@@ -268,6 +270,104 @@ async def test_a_budget_of_requests_counts_attempts() -> None:
         report = await executor.run(job, range(1_000), budget=Budget(requests=7))
     report.verify()
     assert (report.stopped, report.done, report.attempts) == (BUDGET_REACHED, 4, 8)
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("at", ["beginning", "end"])
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "journal"])
+async def test_a_budget_is_kept_however_many_jobs_may_run_at_once(tmp_path: Path, at: str, recorded: bool) -> None:
+    """256 slots, and money for ten jobs: nobody finds out at the end that it was spent 25 times."""
+    most = running = 0
+
+    async def job(_: int) -> None:
+        nonlocal most, running
+        running += 1
+        most = max(most, running)
+        if at == "beginning":
+            penstock.spend(usd=1)
+        await asyncio.sleep(0.2)
+        if at == "end":
+            penstock.spend(usd=1)
+        running -= 1
+
+    options: dict[str, Any] = {"key": int, "journal": tmp_path / "run.db"} if recorded else {}
+    async with Executor(limit=256) as executor:
+        report = await executor.run(job, range(2_000), budget=Budget(usd=10), **options)
+    report.verify()
+    assert (report.stopped, report.exit_code) == (BUDGET_REACHED, 8)
+    assert 10 <= report.spent["usd"] <= 11
+    assert report.done == report.spent["usd"]
+    assert most == FIRST_JOBS
+
+
+@pytest.mark.virtual_clock
+async def test_once_it_is_known_what_a_job_uses_all_slots_are_used_that_the_budget_has_room_for() -> None:
+    """A budget makes a run no slower than it has to be."""
+    loop = asyncio.get_running_loop()
+
+    async def job(_: int) -> None:
+        await asyncio.sleep(1)
+        penstock.spend(usd=1)
+
+    async with Executor(limit=100) as executor:
+        began = loop.time()
+        report = await executor.run(job, range(10_000), budget=Budget(usd=1_000))
+    assert report.done == 1_000
+    assert loop.time() - began == pytest.approx(11, abs=0.5)
+
+
+@pytest.mark.virtual_clock
+@pytest.mark.parametrize("recorded", [False, True], ids=["plain", "journal"])
+async def test_a_budget_of_requests_is_kept_by_many_jobs_at_once(tmp_path: Path, recorded: bool) -> None:
+    """A quota of 100 calls, and jobs that make two each; the reason tells how many it were in the end."""
+
+    async def call() -> None:
+        await asyncio.sleep(0.1)
+
+    gate = Gate("service", limit=500)
+
+    async def job(_: int) -> None:
+        await gate.call(call)
+        await gate.call(call)
+
+    options: dict[str, Any] = {"key": int, "journal": tmp_path / "run.db"} if recorded else {}
+    async with Executor(limit=256) as executor:
+        report = await executor.run(job, range(2_000), budget=Budget(requests=100), **options)
+    report.verify()
+    assert report.stopped == BUDGET_REACHED
+    assert 100 <= report.attempts <= 102
+    assert report.done * 2 == report.attempts
+    assert report.why is not None
+    assert report.why.startswith(f"the budget of requests=100 was reached: {report.attempts} used")
+
+
+@pytest.mark.virtual_clock
+async def test_the_reason_tells_what_was_used_in_the_end() -> None:
+    """With what was in flight when it was reached."""
+
+    async def job(number: int) -> None:
+        await asyncio.sleep(number + 1)
+        penstock.spend(usd=10)
+
+    async with Executor(limit=3) as executor:
+        report = await executor.run(job, range(100), budget=Budget(usd=10))
+    assert report.spent == {"usd": 30}
+    assert report.why is not None
+    assert report.why.startswith("the budget of usd=10 was reached: 30 used")
+
+
+@pytest.mark.virtual_clock
+async def test_a_run_tells_of_a_unit_that_no_job_has_spent(caplog: pytest.LogCaptureFixture) -> None:
+    """In its log: a misspelt budget limits nothing."""
+
+    async def job(_: int) -> None:
+        penstock.spend(usd=1)
+
+    async with Executor() as executor:
+        report = await executor.run(job, range(10), budget=Budget(use=5))
+        assert (report.done, report.stopped) == (10, None)
+        await executor.run(job, range(10), budget=Budget(usd=1_000))
+    assert caplog.messages == ["Budget(use=...): no job has spent any 'use'; spent were: usd."]
 
 
 @pytest.mark.virtual_clock

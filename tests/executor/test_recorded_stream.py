@@ -41,8 +41,10 @@ from penstock.executor.running import PATIENCE
 from penstock.instruments.progress import ProgressLine
 from penstock.journal import database, recording
 from penstock.journal.lock import is_held
+from penstock.journal.recording import Recording
 from penstock.journal.schema import INLINE_BYTES, State
 from penstock.journal.store import Batch, Store
+from penstock.journal.upkeep import retry
 from penstock.report import BUDGET_REACHED
 from penstock.testing import cancel_at_every_step, run_in_virtual_time
 
@@ -976,6 +978,242 @@ async def test_a_key_that_has_come_before_is_told_as_unknown_by_its_own_row(path
     assert told == {"a": False, "a#2": True}
 
 
+async def unknown_after(path: str, job: Job) -> None:
+    """A life of item 1 that is cancelled in the middle."""
+    async with Executor() as executor:
+        stream = executor.as_completed(job, [1], key=int, journal=Journal(path, intents=True, on_unknown="rerun"))
+        reader = asyncio.ensure_future(read(stream))
+        await asyncio.sleep(1)
+        await executor.shutdown(timeout=0)
+        await reader
+    assert states(path) == {1: State.UNKNOWN}
+
+
+@pytest.fixture
+def slow_intents(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
+    """How long a job waits before and after the commit of its intent; nothing unless something is put here."""
+    delays: list[tuple[float, float]] = []
+    put_intent = Recording.put_intent
+
+    async def put_intent_slowly(self: Recording, *args: Any, **kwargs: Any) -> None:
+        before, after = delays[-1] if delays else (0, 0)
+        await asyncio.sleep(before)
+        await put_intent(self, *args, **kwargs)
+        await asyncio.sleep(after)
+
+    monkeypatch.setattr(Recording, "put_intent", put_intent_slowly)
+    return delays
+
+
+async def test_the_time_of_a_job_begins_after_its_intent(path: str, slow_intents: list[tuple[float, float]]) -> None:
+    """A slow disk makes no job late, and is no work of its."""
+    slow_intents.append((50, 50))
+
+    async def job(item: int) -> int:
+        await asyncio.sleep(0.5)
+        return item
+
+    async with Executor() as executor:
+        journal = Journal(path, intents=True)
+        stream = executor.as_completed(job, range(20), key=int, journal=journal, timeout=1)
+        outcomes, error = await read(stream)
+    assert error is None
+    assert sorted(outcome.unwrap() for outcome in outcomes) == list(range(20))
+    assert {outcome.ran for outcome in outcomes} == {0.5}
+
+
+@pytest.mark.parametrize("delay", [(10, 0), (0, 10)], ids=["before its commit", "after its commit"])
+@pytest.mark.parametrize("by", ["shutdown", "break"])
+async def test_an_item_that_was_about_to_begin_is_as_good_as_missing(
+    path: str, slow_intents: list[tuple[float, float]], delay: tuple[float, float], by: str
+) -> None:
+    """Its job was never called, so nobody has to look what it has done: the next run runs it, and has nothing to say."""
+    told: list[tuple[int, bool]] = []
+
+    async def job(item: int) -> int:
+        told.append((item, current_job().outcome_unknown))  # type: ignore[union-attr]
+        return item
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        await asyncio.sleep(1)
+        slow_intents.append(delay)
+        yield 1
+        yield 2
+
+    async with Executor() as executor:
+        stream = executor.as_completed(job, source(), key=int, journal=Journal(path, intents=True))
+        async with stream:
+            assert (await anext(stream)).key == 0
+            await asyncio.sleep(2)
+            if by == "shutdown":
+                await executor.shutdown(timeout=0)
+    assert told == [(0, False)]
+    assert states(path) == {0: State.DONE, 1: State.RETRY, 2: State.RETRY}
+    counts = stream.statistics()
+    assert (counts.read, counts.finished, counts.left) == (3, 1, 2)
+    assert list(penstock.dead(path)) == []
+    slow_intents.clear()
+    outcomes = await live(job, range(3), path, intents=True)
+    assert sorted(outcome.unwrap() for outcome in outcomes) == [0, 1, 2]
+    assert sorted(told) == [(0, False), (1, False), (2, False)]
+
+
+@pytest.mark.parametrize("asked", ["rerun", "retry"])
+async def test_who_asks_for_an_unknown_item_again_is_told_that_it_was(path: str, asked: str) -> None:
+    """Whoever asked for it: the job has to look whether it has happened before."""
+    told: list[bool] = []
+
+    async def job(item: int) -> int:
+        told.append(current_job().outcome_unknown)  # type: ignore[union-attr]
+        if len(told) == 1:
+            await for_ever(item)
+        return item
+
+    await unknown_after(path, job)
+    if asked == "retry":
+        assert retry(path, unknown=True) == 1
+        assert states(path) == {1: State.RETRY}
+    (outcome,) = await live(job, [1], path, on_unknown="rerun" if asked == "rerun" else "dead")
+    assert (told, outcome.unwrap()) == ([False, True], 1)
+    assert states(path) == {1: State.DONE}
+
+
+@pytest.mark.parametrize("delay", [(10, 0), (0, 10)], ids=["before its commit", "after its commit"])
+async def test_an_item_that_was_unknown_stays_so_when_it_has_not_begun_again(
+    path: str, slow_intents: list[tuple[float, float]], delay: tuple[float, float]
+) -> None:
+    """A second life that never got to it has found nothing out."""
+    told: list[bool] = []
+
+    async def job(item: int) -> int:
+        told.append(current_job().outcome_unknown)  # type: ignore[union-attr]
+        if len(told) == 1:
+            await for_ever(item)
+        return item
+
+    await unknown_after(path, job)
+    slow_intents.append(delay)
+    async with Executor() as executor:
+        journal = Journal(path, intents=True, on_unknown="rerun")
+        reader = asyncio.ensure_future(read(executor.as_completed(job, [1], key=int, journal=journal)))
+        await asyncio.sleep(1)
+        await executor.shutdown(timeout=0)
+        await reader
+    assert told == [False]
+    slow_intents.clear()
+    (outcome,) = await live(job, [1], path, intents=True, on_unknown="rerun")
+    assert (told, outcome.unwrap()) == ([False, True], 1)
+
+
+async def test_a_job_without_an_answer_is_unknown_and_others_are_dead(path: str) -> None:
+    """What it has asked for may have happened. Its own outcome is a failure all the same; the next run tells both."""
+
+    async def job(item: str) -> None:
+        if item == "late":
+            await for_ever(item)
+        elif item == "cut off":
+            raise penstock.ConnectionFailed("POST", "http://h/pay", "reset")
+        elif item == "not sent":
+            raise penstock.ConnectionFailed("POST", "http://h/pay", "refused", sent=False)
+        elif item == "answered":
+            raise penstock.HttpStatusError(503, "POST", "http://h/pay")
+        raise penstock.CircuitOpen("http://h")
+
+    items = ["late", "cut off", "not sent", "answered", "refused"]
+    unknown = {"late", "cut off"}
+    async with Executor() as executor:
+        journal = Journal(path, intents=True)
+        outcomes, error = await read(executor.as_completed(job, items, key=str, journal=journal, timeout=1))
+    assert error is None
+    assert {outcome.key for outcome in outcomes if outcome.kind is FailureKind.TRANSIENT} == set(items)
+    assert states(path) == {item: State.UNKNOWN if item in unknown else State.DEAD for item in items}
+    letters = {letter.key: letter for letter in penstock.dead(path)}
+    assert {key for key, letter in letters.items() if letter.state == "unknown"} == unknown
+    assert "ConnectionFailed" in letters["cut off"].error
+    again = await live(same, items, path, intents=True, resume="failed:transient")
+    assert {outcome.key for outcome in again if not outcome.replayed} == set(items) - unknown
+    assert all(str(outcome.error).startswith("OutcomeUnknown") for outcome in again if outcome.replayed)
+
+
+# --- what is told ---
+
+
+async def test_a_filter_that_fits_none_of_the_failed_items_is_told_of(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was misspelt, as a rule; and not where one of them fits, or where nothing had failed before."""
+    caplog.set_level("WARNING", logger="penstock.journal")
+    await live(same, [1], path, resume="failed:transiet")
+    await live(refuse, [2], path, resume="failed:transiet")
+    assert caplog.messages == []
+    await live(same, [1, 2], path, resume="failed:transiet")
+    assert caplog.messages == ["resume='failed:transiet' is about none of the items that failed before"]
+    await live(refuse, [1, 2], path, resume="failed:ValueError")
+    await live(same, [1, 2], path, resume="failed")
+    assert len(caplog.messages) == 1
+
+
+async def test_an_input_that_is_too_large_for_a_row_stands_beside_the_file(path: str) -> None:
+    """Of items that are dead or unknown, and whole: they are to be repaired and sent again."""
+
+    async def job(item: str) -> None:
+        if item[0] == "b":
+            await for_ever(item)
+        raise ValueError("bad")
+
+    items = [letter * 2 * INLINE_BYTES for letter in "ab"]
+    async with Executor() as executor:
+        journal = Journal(path, intents=True)
+        stream = executor.as_completed(job, items, key=lambda item: item[0], journal=journal)
+        reader = asyncio.ensure_future(read(stream))
+        await asyncio.sleep(1)
+        await executor.shutdown(timeout=0)
+        await reader
+    assert states(path) == {"a": State.DEAD, "b": State.UNKNOWN}
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT max(length(input)) FROM item").fetchone() == (0,)
+    assert sorted(letter.input for letter in penstock.dead(path)) == items
+    (outcome, *_) = await live(same, items[:1], path, resume="all")
+    assert outcome.replayed is False
+
+
+# --- files that are lost while they are written ---
+
+
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str, what: str) -> None:
+    """SQLite would write on, into a file that nobody finds again. What it had got is handed over."""
+    begun: list[int] = []
+
+    async def job(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            await asyncio.sleep(1)
+            if what == "removed":
+                os.unlink(path)
+            else:
+                os.rename(path, f"{path}-old")
+                Path(path).touch()
+        return item
+
+    async def source() -> AsyncIterator[int]:
+        yield 0
+        yield 1
+        await asyncio.sleep(100)
+        yield 2
+
+    async with Executor() as executor:
+        stream = executor.as_completed(job, source(), key=int, journal=path)
+        outcomes, error = await read(stream)
+    assert [outcome.key for outcome in outcomes] == [0]
+    assert isinstance(error, JournalError)
+    assert "run.db was removed or replaced while a run wrote" in str(error)
+    assert [outcome.unwrap() for outcome in error.unrecorded] == [1]
+    assert begun == [0, 1]
+    assert not is_held(path)
+
+
 # --- disks that fail ---
 
 
@@ -1131,7 +1369,7 @@ async def test_a_job_whose_intent_found_no_place_has_not_begun(path: str, locked
     assert begun == [0]
     counts = stream.statistics()
     assert (counts.read, counts.finished, counts.left) == (4, 1, 3)
-    assert State.DEAD not in states(path).values()
+    assert not {State.DEAD, State.UNKNOWN} & set(states(path).values())
     with closing(sqlite3.connect(path)) as connection:
         (counted,) = connection.execute("SELECT counts FROM run").fetchone()
     assert '"left": 3' in counted

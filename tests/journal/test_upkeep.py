@@ -18,7 +18,7 @@ from penstock.journal.lock import Lock
 from penstock.journal.reading import SLICE, Reading
 from penstock.journal.schema import STEP_COLUMNS, Key, Row, State, StepRow, checksum, side_file_of
 from penstock.journal.side_file import SideFile
-from penstock.journal.upkeep import compact, retry
+from penstock.journal.upkeep import compact, forget_damaged, retry
 
 R = TypeVar("R", Row, StepRow)
 
@@ -341,10 +341,31 @@ def test_a_kill_at_any_line_loses_nothing(path: str, what: str, times: int) -> N
     assert int(ended.stdout) > 20
 
 
-# --- both ---
+# --- what is damaged ---
 
 
-@pytest.mark.parametrize("work", [retry, compact])
+def test_what_is_damaged_is_forgotten_and_nothing_else(path: str) -> None:
+    """Rows that differ from their checksum, in text that is none among others, and those whose result is lost."""
+    fragmented(path)
+    lost = in_file(path, done("lost"), '"lost"')
+    record(path, [done("good", "1"), done("bad", "1"), dead("worse"), lost], [StepRow("worse", "bad step", b"", "1")])
+    change(path, "UPDATE item SET result = '2' WHERE key = 'bad'")
+    change(path, "UPDATE item SET message = CAST(x'ff' AS TEXT) WHERE key = 'worse'")
+    change(path, "UPDATE step SET result = '2' WHERE name = 'bad step'")
+    with open(side_file_of(path), "r+b") as file:
+        file.truncate(os.path.getsize(side_file_of(path)) - 1)
+    assert forget_damaged(path) == 4
+    assert values(path) == {"good": 1, **{key: f"new {key}" for key in KEYS}}
+    assert states(path).keys() == {"good", *KEYS}
+    with closing(open_to_read(path)) as connection:
+        assert connection.execute("SELECT key FROM step ORDER BY key").fetchall() == [("a",), ("unfinished",)]
+    assert forget_damaged(path) == 0
+
+
+# --- all of them ---
+
+
+@pytest.mark.parametrize("work", [retry, compact, forget_damaged])
 def test_upkeep_is_refused_while_a_run_writes(path: str, work: Any) -> None:
     """And does not hold the lock afterwards, whatever came of it."""
     record(path, [dead("a")])
@@ -358,7 +379,7 @@ def test_upkeep_is_refused_while_a_run_writes(path: str, work: Any) -> None:
     lock.release()
 
 
-@pytest.mark.parametrize("work", [retry, compact])
+@pytest.mark.parametrize("work", [retry, compact, forget_damaged])
 def test_upkeep_makes_no_journal(path: str, work: Any) -> None:
     """A path that was mistyped leaves nothing on the disk."""
     with pytest.raises(JournalError, match="does not exist"):

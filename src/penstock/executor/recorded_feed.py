@@ -230,7 +230,7 @@ class RecordedFeed(Feed):
     async def _record_intent(self, job: ActiveJob) -> None:
         """Have it on the disk that the job is about to start. If that cannot be, its item is left."""
         try:
-            await self._recording.put_intent(job.key, job.input)
+            await self._recording.put_intent(job.key, job.input, self._spent_before.get(job))
         except JournalError as error:
             if self.stopped is None:  # the source is at its end, and yet not all of it is done
                 self._stop_for(error)
@@ -321,9 +321,9 @@ class RecordedFeed(Feed):
     def _leave(self, job: ActiveJob) -> None:
         super()._leave(job)
         job.recorder = None
-        self._spent_before.pop(job, None)
+        spent = self._spent_before.pop(job, None)
         if self._journal.intents and job.started is None and isinstance(job.key, Key):
-            self._recording.withdraw_intent(job.key, job.input)
+            self._recording.withdraw_intent(job.key, job.input, spent, unknown=job.outcome_unknown)
         self._forget_steps(job)
 
     def _committed(self, waiting: list[Waiting]) -> None:

@@ -100,7 +100,7 @@ class Reading:
     def __enter__(self) -> "Reading":
         self._connection = open_to_read(self.path)
         # Text that a flipped bit has made no UTF-8 is then found by its checksum, as everything else is.
-        self._connection.text_factory = _text
+        self._connection.text_factory = as_text
         return self
 
     def __exit__(
@@ -311,5 +311,6 @@ def _iso(seconds: str) -> str:
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {seconds}, 'unixepoch')"
 
 
-def _text(data: bytes) -> str:
+def as_text(data: bytes) -> str:
+    """Text as it is stored, also where a turned bit has made it no UTF-8."""
     return data.decode("utf-8", "surrogateescape")

@@ -125,16 +125,16 @@ def _state_of_failure(error: BaseException, kind: FailureKind | None, intents: b
     return State.UNKNOWN if intents and unanswered and not certain else State.DEAD
 
 
-def intent_of(item: Any, key: Key, run: int, now: float, codec: Codec) -> Entry:
-    """The row of an item that is about to be started."""
+def intent_of(item: Any, key: Key, run: int, now: float, spent: str | None, codec: Codec) -> Entry:
+    """The row of an item that is about to be started; `spent` is what its earlier lives have spent."""
     given, shown, large = write_input(codec, item)
-    return Entry(Row(key, State.UNKNOWN.value, 0, run, now, 0.0, 0.0, input=given, shown_input=shown), large)
+    return Entry(Row(key, State.UNKNOWN.value, 0, run, now, 0.0, 0.0, spent, input=given, shown_input=shown), large)
 
 
-def never_begun(item: Any, key: Key, run: int, now: float, codec: Codec) -> Entry:
-    """The row that takes an intent back."""
-    entry = intent_of(item, key, run, now, codec)
-    return entry._replace(row=entry.row._replace(state=State.RETRY.value, message=_NEVER_BEGUN))
+def never_begun(intent: Entry, *, unknown: bool) -> Entry:
+    """The row that takes an intent back; `unknown`: nobody knows what an earlier life of the item has done."""
+    message = None if unknown else _NEVER_BEGUN
+    return intent._replace(row=intent.row._replace(state=State.RETRY.value, message=message))
 
 
 def is_unknown(row: Row) -> bool:

@@ -26,7 +26,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from penstock import clock
 from penstock.errors import ClosedError, JournalError
 from penstock.journal.options import Journal
-from penstock.journal.record import Written, done_columns, intent_of, never_begun, read_value, row_of, write_value
+from penstock.journal.record import (
+    Entry,
+    Written,
+    done_columns,
+    intent_of,
+    never_begun,
+    read_value,
+    row_of,
+    write_value,
+)
 from penstock.journal.schema import Key, Row, StepRow
 from penstock.journal.seen import Seen
 from penstock.journal.store import KILLED, Batch, Begun, Known, StepEntry, Store
@@ -286,8 +295,8 @@ class Recording:
         self._one_more(lot, len(result) if large is None else len(large))
         return read_value(self._codec, result, large)
 
-    async def put_intent(self, key: Key, item: Any) -> None:
-        """Commit that a job is about to start.
+    async def put_intent(self, key: Key, item: Any, spent: Mapping[str, float] | None = None) -> None:
+        """Commit that a job is about to start, whose item has spent so much in earlier lives.
 
         **Cancellation**: the intent may be committed all the same.
 
@@ -301,7 +310,7 @@ class Recording:
             raise ClosedError(f"{self.options.file}: the run has ended, and nothing of it begins any more.")
         started: asyncio.Future[None] = self._loop.create_future()
         lot = self._begun_lot()
-        lot.batch.entries.append(intent_of(item, key, self._run, lot.now, self._codec))
+        lot.batch.entries.append(self._intent(lot, key, item, spent))
         lot.started.append(started)
         lot.rows += 1
         if lot.rows >= BATCH_ROWS:
@@ -317,11 +326,19 @@ class Recording:
             lot.now = clock.wall()
         return lot
 
-    def withdraw_intent(self, key: Key, item: Any) -> None:
-        """A job has not started after all: its item is as good as missing, whether the intent is on the disk or not."""
+    def withdraw_intent(
+        self, key: Key, item: Any, spent: Mapping[str, float] | None = None, *, unknown: bool = False
+    ) -> None:
+        """A job has not started after all: its item is as good as missing, whether the intent is on the disk or not.
+
+        `unknown`: nobody knows what an earlier life of the item has done.
+        """
         lot = self._begun_lot()
-        lot.batch.entries.append(never_begun(item, key, self._run, lot.now, self._codec))
+        lot.batch.entries.append(never_begun(self._intent(lot, key, item, spent), unknown=unknown))
         self._one_more(lot, 0)
+
+    def _intent(self, lot: Lot, key: Key, item: Any, spent: Mapping[str, float] | None) -> Entry:
+        return intent_of(item, key, self._run, lot.now, dumps(spent) if spent else None, self._codec)
 
     def _one_more(self, lot: Lot, size_bytes: int) -> None:
         lot.rows += 1

@@ -14,6 +14,7 @@ at a time for the rest; none is the loop's.
 import json
 import logging
 import os
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
@@ -314,8 +315,8 @@ def _refuse_without_side_file(connection: sqlite3.Connection, path: str) -> None
     found = os.path.getsize(side) if os.path.exists(side) else 0
     if found < reach:
         raise JournalError(
-            f"{side}: has {found:,} bytes, and the journal refers to {reach:,}. Restore both from the same copy, or "
-            f"move both away and begin anew; `penstock export --skip-damaged` saves what is whole."
+            f"{side}: has {found:,} bytes, and the journal refers to {reach:,}. Restore both from the same copy; "
+            f"or have what is lost run again, by `penstock retry --damaged {shlex.quote(path)}`."
         )
 
 
@@ -328,8 +329,8 @@ def fingerprint_of(connection: sqlite3.Connection) -> str | None:
 def damaged(path: str, key: Key | None) -> JournalError:
     """What is said of a row whose checksum is wrong."""
     return JournalError(
-        f"{path} is damaged: the row of {key!r:.200} does not match its checksum. Restore a copy of the file, or move "
-        f"it away and begin anew; `penstock export --skip-damaged` saves what is whole."
+        f"{path} is damaged: the row of {key!r:.200} does not match its checksum. Restore a copy of the file; or have "
+        f"what is damaged run again, by `penstock retry --damaged {shlex.quote(path)}`."
     )
 
 

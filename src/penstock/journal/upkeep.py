@@ -1,6 +1,7 @@
 """What is done to a journal while no run writes it: dead items are asked for again, and it is made smaller.
 
     retry    rows that are dead -> checked, state RETRY -> one transaction
+    forget_damaged   rows that differ from their checksum, or whose result does -> removed -> one transaction
     compact  steps of finished items go
              side file: what rows refer to -> its end -> rows commit -> its beginning -> rows commit -> cut off behind
              database: VACUUM, and what is in the -wal goes into the file
@@ -21,11 +22,11 @@ from contextlib import closing, contextmanager, suppress
 from io import FileIO
 from typing import NamedTuple
 
-from penstock.errors import UsageError
+from penstock.errors import JournalError, UsageError
 from penstock.journal import side_file
 from penstock.journal.database import explaining, open_to_read, open_to_write
 from penstock.journal.lock import Lock
-from penstock.journal.reading import SLICE, as_path
+from penstock.journal.reading import SLICE, as_path, as_text
 from penstock.journal.record import is_about
 from penstock.journal.schema import Row, State, StepRow, checksum, side_file_of
 from penstock.journal.store import damaged
@@ -51,7 +52,7 @@ def retry(path: str | os.PathLike[str], where: str | None = None, *, unknown: bo
     Args:
         where: which of the dead: a kind ("transient"), a status ("HTTP 422"), or a part of the error's class and first
             line ("ValueError"); None: all of them.
-        unknown: also those of which nobody knows how they ended, whatever `where` says: they have no error.
+        unknown: also those of which nobody knows how they ended, whatever `where` says.
 
     Raises:
         JournalError: a run writes it, it cannot be read or written, or a row is damaged. Nothing is changed then.
@@ -72,6 +73,39 @@ def retry(path: str | os.PathLike[str], where: str | None = None, *, unknown: bo
                 number += 1
                 _update(connection, "item", id_, row._replace(state=int(State.RETRY)), "state")
     return number
+
+
+def forget_damaged(path: str | os.PathLike[str]) -> int:
+    """Remove rows that are damaged, or whose result or input beside the file is, and return how many they were.
+
+    The next run does their items and steps again; without it, one such row stops each run that comes to it. All or
+    nothing, in one transaction. Blocks: everything is read. Any thread.
+
+    Raises:
+        JournalError: a run writes it, it cannot be read or written, or it is damaged as a database, not in its rows.
+        UsageError: the path is none.
+    """
+    path = as_path(path)
+    number = 0
+    with _alone(path) as connection, _transaction(connection):
+        connection.text_factory = as_text
+        for table in _TABLES:
+            for id_, row, crc in _all_rows(connection, table, "TRUE"):
+                if checksum(row) != crc or not _has_its_result(path, row):
+                    connection.execute(f"DELETE FROM {table} WHERE rowid = ?", (id_,))
+                    number += 1
+    return number
+
+
+def _has_its_result(path: str, row: Row | StepRow) -> bool:
+    """Whether what is beside the file for this row is whole."""
+    if row.file_offset is None:
+        return True
+    try:
+        side_file.read(side_file_of(path), *_place(row))
+    except JournalError:
+        return False
+    return True
 
 
 def compact(path: str | os.PathLike[str]) -> Compacted:
@@ -195,6 +229,14 @@ def _write(file: FileIO, data: bytes) -> None:
 
 def _rows(connection: sqlite3.Connection, path: str, table: str, condition: str) -> Iterator[tuple[int, Row | StepRow]]:
     """Number and row, checked; each may be updated meanwhile."""
+    for id_, row, crc in _all_rows(connection, table, condition):
+        if checksum(row) != crc:
+            raise damaged(path, row.key)
+        yield id_, row
+
+
+def _all_rows(connection: sqlite3.Connection, table: str, condition: str) -> Iterator[tuple[int, Row | StepRow, int]]:
+    """Number, row and checksum as it is recorded; each may be changed or removed meanwhile."""
     kind = _TABLES[table]
     at = 0
     while found := connection.execute(
@@ -203,10 +245,7 @@ def _rows(connection: sqlite3.Connection, path: str, table: str, condition: str)
         (at,),
     ).fetchall():
         for at, *columns, crc in found:  # the last one is where the next slice begins
-            row = kind(*columns)
-            if checksum(row) != crc:
-                raise damaged(path, row.key)
-            yield at, row
+            yield at, kind(*columns), crc
 
 
 def _place(row: Row | StepRow) -> tuple[int, int, int]:
