@@ -1,17 +1,29 @@
 """The books of a run: what is counted, what is kept, and that they cannot be cooked."""
 
+import csv
 import dataclasses
 import json
 import math
 import pickle
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock import FailureKind, HttpStatusError, InternalError, Outcome, Report, UsageError, classify
+from penstock import (
+    Executor,
+    FailureKind,
+    HttpStatusError,
+    InternalError,
+    JournalError,
+    Outcome,
+    Report,
+    UsageError,
+    classify,
+)
 from penstock.errors import RecordedError, SkipItem, first_line
 from penstock.report import (
     ALL_FAILED,
@@ -128,6 +140,29 @@ def test_failures_that_differ_in_numbers_or_addresses_only_are_one_cause() -> No
         ("HttpStatusError: GET http://h/0 -> HTTP 410", 50, 0),
         ("ValueError: no item 0", 50, 0),
     ]
+
+
+def test_failures_of_different_requests_are_different_causes() -> None:
+    """Whoever mends the first one is not to believe that all is mended. By method and path: what is asked for behind
+    the "?", and what the answer says, may name the record."""
+    tally = Tally()
+    refused = [
+        ("GET", "http://h/profile?id=a", b"'id' is missing"),
+        ("GET", "http://h/profile?id=b", b"'name' is missing"),
+        ("POST", "http://h/profile", b"too long"),
+        ("POST", "http://h/score/7", b"the profile does not belong to record a"),
+        ("POST", "http://h/score/8", b"the profile does not belong to record b"),
+    ]
+    for number, (method, url, answer) in enumerate(refused):
+        tally.add(failed(HttpStatusError(400, method, url, answer), key=number))
+    report = tally.report(read=5, left=0, stopped=None, elapsed=1.0)
+    assert [(cause.count, cause.example_key) for cause in report.causes] == [(2, 0), (2, 3), (1, 2)]
+
+
+def test_a_status_that_differs_makes_another_cause() -> None:
+    """Its digits tell apart, unlike those of a record's number."""
+    report = report_of(*(failed(HttpStatusError(status, "GET", "http://h/1")) for status in (404, 410, 404)))
+    assert [cause.count for cause in report.causes] == [2, 1]
 
 
 def test_a_report_is_printed_as_a_summary() -> None:
@@ -270,6 +305,51 @@ def test_cooked_books_do_not_verify(cooked: dict[str, Any]) -> None:
         dataclasses.replace(BOOKS, **cooked).verify()
 
 
+def test_keys_are_known_to_a_journal_alone() -> None:
+    with pytest.raises(UsageError, match="a run without a journal: nothing knows which keys it had"):
+        BOOKS.verify(keys=[1, 2, 3])
+
+
+# --- item by item ---
+
+
+@pytest.mark.virtual_clock
+async def test_a_report_tells_of_each_item_in_a_file(tmp_path: Path) -> None:
+    """A line for each, with what became of it; those of earlier runs on the journal are among them."""
+
+    async def job(item: object) -> object:
+        if item == "dead":
+            raise ValueError("bad, because:\nmany lines")
+        if item == "skipped":
+            raise SkipItem("of no use")
+        return item
+
+    journal, file = tmp_path / "run.db", tmp_path / "report.csv"
+    async with Executor() as executor:
+        await executor.run(job, ["earlier"], key=str, journal=journal)
+        report = await executor.run(job, ["dead", "skipped", 7], key=lambda item: item, journal=journal)
+    assert report.write_csv(file) == 4
+    with file.open(newline="", encoding="utf-8") as lines:
+        found = {line["key"]: line for line in csv.DictReader(lines)}
+    assert {key: line["state"] for key, line in found.items()} == {
+        "earlier": "done", "dead": "dead", "skipped": "skipped", "7": "done",
+    }  # fmt: skip
+    assert {key: line["run"] for key, line in found.items()} == {"earlier": "1", "dead": "2", "skipped": "2", "7": "2"}
+    assert (found["dead"]["error"], found["dead"]["kind"]) == ("ValueError", "permanent")
+    assert found["dead"]["message"] == "bad, because:\nmany lines"
+    with pytest.raises(FileNotFoundError):
+        report.write_csv(tmp_path / "nowhere" / "report.csv")
+    journal.unlink()
+    with pytest.raises(JournalError, match=r"run\.db"):
+        report.write_csv(file)
+
+
+def test_without_a_journal_nothing_is_known_of_each_item(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a run without a journal, so nothing is known of each item"):
+        BOOKS.write_csv(tmp_path / "report.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- exit code ---
 
 
@@ -371,6 +451,15 @@ class Unshowable(Exception):
 def test_an_error_is_told_in_one_line(error: Exception, line: str) -> None:
     """Also one whose class cannot be shown: that mistake must not end a run of a million items."""
     assert first_line(error) == line
+
+
+@pytest.mark.parametrize("length", [187, 188, 189, 10_000])
+def test_a_line_that_is_cut_says_so(length: int) -> None:
+    """By an ellipsis within the 200 characters; one that just fits is whole."""
+    line = first_line(ValueError("x" * length))
+    whole = f"ValueError: {'x' * length}"
+    assert line == (whole if len(whole) <= 200 else f"{whole[:197]}...")
+    assert len(line) <= 200
 
 
 @given(st.text())

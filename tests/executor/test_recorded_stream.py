@@ -254,7 +254,7 @@ async def test_large_results_that_are_left_out_are_counted(path: str) -> None:
         return "x" * 2 * INLINE_BYTES
 
     await live(job, [1, 2], path)
-    spoil(f"{path}-results")
+    spoil(f"{path}-results", "changed")
     async with Executor() as executor:
         stream = executor.as_completed(job, [1, 2], key=int, journal=Journal(path, on_mismatch="ignore", replay=False))
         assert await read(stream) == ([], None)
@@ -291,8 +291,14 @@ async def test_the_loop_has_its_turns_while_thousands_are_replayed(path: str) ->
     assert turns > 10
 
 
-def spoil(file: str) -> None:
-    Path(file).write_bytes(b"y" * os.path.getsize(file))
+def spoil(file: str, damage: str) -> None:
+    """A side file is not what it was."""
+    if damage == "changed":
+        Path(file).write_bytes(b"y" * os.path.getsize(file))
+    elif damage == "cut off":
+        os.truncate(file, os.path.getsize(file) - 1)
+    else:
+        os.unlink(file)
 
 
 async def test_a_large_result_that_is_damaged_ends_the_run(path: str) -> None:
@@ -302,7 +308,7 @@ async def test_a_large_result_that_is_damaged_ends_the_run(path: str) -> None:
         return "x" * 2 * INLINE_BYTES
 
     await live(job, [1], path)
-    spoil(f"{path}-results")
+    spoil(f"{path}-results", "changed")
     async with Executor() as executor:
         stream = executor.as_completed(job, [1, 2], key=int, journal=Journal(path, on_mismatch="ignore"))
         outcomes, error = await read(stream)
@@ -321,10 +327,7 @@ async def test_a_journal_without_its_large_results_is_refused(path: str, loss: s
         return "x" * 2 * INLINE_BYTES
 
     await live(job, [1, 2], path)
-    if loss == "removed":
-        os.unlink(f"{path}-results")
-    else:
-        os.truncate(f"{path}-results", os.path.getsize(f"{path}-results") - 1)
+    spoil(f"{path}-results", loss)
     async with Executor() as executor:
         journal = Journal(path, on_mismatch="ignore", replay=replay)
         stream = executor.as_completed(job, [1, 2], key=int, journal=journal)
@@ -1027,7 +1030,7 @@ async def test_the_time_of_a_job_begins_after_its_intent(path: str, slow_intents
 async def test_an_item_that_was_about_to_begin_is_as_good_as_missing(
     path: str, slow_intents: list[tuple[float, float]], delay: tuple[float, float], by: str
 ) -> None:
-    """Its job was never called, so nobody has to look what it has done: the next run runs it, and has nothing to say."""
+    """Its job was never called, so nobody has to look what it has done: the next run runs it like any other."""
     told: list[tuple[int, bool]] = []
 
     async def job(item: int) -> int:
@@ -1181,6 +1184,12 @@ async def test_an_input_that_is_too_large_for_a_row_stands_beside_the_file(path:
 # --- files that are lost while they are written ---
 
 
+def take_away(path: str, what: str) -> None:
+    os.rename(path, f"{path}-old")
+    if what == "replaced":
+        Path(path).touch()
+
+
 @pytest.mark.parametrize("what", ["removed", "replaced"])
 async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str, what: str) -> None:
     """SQLite would write on, into a file that nobody finds again. What it had got is handed over."""
@@ -1190,11 +1199,7 @@ async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str,
         begun.append(item)
         if item == 1:
             await asyncio.sleep(1)
-            if what == "removed":
-                os.unlink(path)
-            else:
-                os.rename(path, f"{path}-old")
-                Path(path).touch()
+            take_away(path, what)
         return item
 
     async def source() -> AsyncIterator[int]:

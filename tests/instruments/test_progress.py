@@ -10,6 +10,8 @@ from penstock.instruments.progress import IN_A_FILE, ON_A_TERMINAL
 
 GOOD = JobEnded(Outcome(None, None, 1, None, None, 0, 0.0, 0.0))
 BAD = JobEnded(Outcome(None, None, None, ValueError(), FailureKind.PERMANENT, 0, 0.0, 0.0))
+OLD = JobEnded(GOOD.outcome._replace(replayed=True))
+OLD_AND_BAD = JobEnded(BAD.outcome._replace(replayed=True))
 
 RENEWED = "\r\x1b[K"
 """Back to the start of the line, and clear it."""
@@ -93,6 +95,25 @@ def test_a_total_that_was_too_small_promises_nothing_either(hand: Hand) -> None:
     hand.now += 1
     line.close()
     assert stream.getvalue() == "2 of 1 jobs, 0 failed, 2.0/s\n"
+
+
+def test_what_an_earlier_run_has_ended_counts_and_says_nothing_about_the_speed(hand: Hand) -> None:
+    """Thousands are replayed in a second: what is left is promised by the jobs that run."""
+    stream = io.StringIO()
+    line = ProgressLine(total=2_048, stream=stream)
+    for number in range(1_024):
+        hand.now += 1 / 1_024
+        line.notify(OLD if number % 2 else OLD_AND_BAD)
+    hand.now += 8
+    for _ in range(9):
+        line.notify(GOOD)
+    hand.now += 1
+    line.notify(GOOD)
+    line.close()
+    assert stream.getvalue().splitlines() == [
+        "1,034 of 2,048 jobs, 512 failed, 1.0/s, 1,014 s to go",
+        "1,034 of 2,048 jobs, 512 failed, 1.0/s",
+    ]
 
 
 def test_a_run_in_which_nothing_happened_still_ends_its_line(hand: Hand) -> None:

@@ -4,6 +4,7 @@ import http
 import json
 import pickle
 import sqlite3
+from asyncio import CancelledError
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -13,7 +14,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from penstock.errors import HttpStatusError, NotJson, RecordedError, SkipItem, UsageError
+from penstock.errors import (
+    AttemptTimeout,
+    CircuitOpen,
+    ConnectionFailed,
+    HttpStatusError,
+    JobTimeout,
+    NotJson,
+    RecordedError,
+    SkipItem,
+    UsageError,
+)
 from penstock.journal.options import JSON, Codec, Journal
 from penstock.journal.record import (
     FIRST_BYTES,
@@ -204,7 +215,7 @@ def test_an_item_is_recorded_as_the_codec_writes_it() -> None:
 def test_a_large_input_goes_beside_the_file_where_there_is_no_result() -> None:
     for entry in (
         row_of(failed(ValueError("bad"), 1), 7, 1, 100.0, None, None, Writes(LARGE)),
-        intent_of(1, 7, 1, 100.0, Writes(LARGE)),
+        intent_of(1, 7, 1, 100.0, None, Writes(LARGE)),
     ):
         assert (entry.row.input, entry.row.shown_input, entry.row.result, entry.large) == (b"", None, None, LARGE)
 
@@ -240,8 +251,46 @@ def test_an_item_that_was_skipped_has_why_and_no_input() -> None:
 
 
 def test_an_item_that_is_about_to_start_is_unknown_with_its_input() -> None:
-    assert intent_of({"id": 7}, 7, 2, 100.0, JSON).row == Row(7, State.UNKNOWN, 0, 2, 100.0, 0.0, 0.0, input='{"id":7}')
-    assert intent_of({7}, 7, 2, 100.0, JSON).row.shown_input == "{7}"
+    """And with what its earlier lives have spent: no death of a process makes that less."""
+    found = intent_of({"id": 7}, 7, 2, 100.0, '{"usd": 1.5}', JSON).row
+    assert found == Row(7, State.UNKNOWN, 0, 2, 100.0, 0.0, 0.0, '{"usd": 1.5}', input='{"id":7}')
+    assert spent_of(found) == {"usd": 1.5}
+    assert intent_of({7}, 7, 2, 100.0, None, JSON).row.shown_input == "{7}"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "state"),
+    [
+        (JobTimeout("late"), FailureKind.TRANSIENT, State.UNKNOWN),
+        (AttemptTimeout("late"), FailureKind.TRANSIENT, State.UNKNOWN),
+        (ConnectionFailed("POST", "http://h", "reset"), FailureKind.TRANSIENT, State.UNKNOWN),
+        (CancelledError(), FailureKind.CANCELLED, State.UNKNOWN),
+        (ConnectionFailed("POST", "http://h", "refused", sent=False), FailureKind.TRANSIENT, State.DEAD),
+        (HttpStatusError(503, "POST", "http://h"), FailureKind.TRANSIENT, State.DEAD),
+        (CircuitOpen("http://h"), FailureKind.TRANSIENT, State.DEAD),
+        (HttpStatusError(422, "POST", "http://h"), FailureKind.PERMANENT, State.DEAD),
+        (KeyError("id"), FailureKind.BUG, State.DEAD),
+        (SkipItem("too old"), None, State.SKIPPED),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_with_intents_a_failure_without_an_answer_is_an_unknown_outcome(
+    error: BaseException, kind: FailureKind | None, state: State
+) -> None:
+    """What the job has asked for may have happened. Not where nothing was sent, nor where an answer says what it was.
+
+    Without intents nobody has asked to know.
+    """
+    outcome = Outcome(7, "item", None, error, kind, 1, 0.0, 0.0)
+    found = row_of(outcome, 7, 1, 100.0, None, None, JSON, intents=True).row
+    assert found.state == state
+    assert (found.kind is None) == (state is not State.DEAD)
+    assert found.error == class_of(error)
+    assert is_unknown(found) == (state is State.UNKNOWN)
+    if kind is not None:  # nobody asks again for what was skipped
+        assert is_unknown(found._replace(state=State.RETRY)) == (state is State.UNKNOWN)
+    plain = row_of(outcome, 7, 1, 100.0, None, None, JSON).row
+    assert plain.state == (State.SKIPPED if kind is None else State.DEAD)
 
 
 def odd_class(**names: Any) -> type[Exception]:
@@ -382,7 +431,7 @@ def test_an_item_that_was_skipped_is_skipped_again_with_its_reason(table: sqlite
 
 
 def test_an_unknown_outcome_is_a_failure_that_says_what_to_do() -> None:
-    again = replayed(intent_of("item", 7, 1, 100.0, JSON).row, 7, "item", None)
+    again = replayed(intent_of("item", 7, 1, 100.0, None, JSON).row, 7, "item", None)
     assert again.kind is FailureKind.PERMANENT
     assert isinstance(again.error, RecordedError)
     assert again.error.error == "OutcomeUnknown"
@@ -399,14 +448,17 @@ def test_a_failure_of_which_little_is_known_is_permanent() -> None:
 
 def test_an_unknown_outcome_stays_unknown_when_somebody_asks_for_the_item_again() -> None:
     """Unless its job never began, or its failure is known."""
-    unknown = intent_of("item", 7, 1, 100.0, JSON).row
+    intent = intent_of("item", 7, 1, 100.0, None, JSON)
+    unknown = intent.row
     again = State.RETRY.value
     assert is_unknown(unknown)
     assert is_unknown(unknown._replace(state=again))
-    assert not is_unknown(never_begun("item", 7, 1, 100.0, JSON).row)
+    assert not is_unknown(never_begun(intent, unknown=False).row)
+    assert is_unknown(never_begun(intent, unknown=True).row), "an earlier life did"
     assert not is_unknown(row(failed(ValueError("bad")))._replace(state=again))
     assert not is_unknown(row(failed(ValueError("bad"))))
-    assert runs_again(never_begun("item", 7, 1, 100.0, JSON).row, Journal("x"))
+    for unknown_before in (False, True):
+        assert runs_again(never_begun(intent, unknown=unknown_before).row, Journal("x"))
 
 
 # --- what is run again ---

@@ -26,6 +26,7 @@ from penstock.journal.recording import (
     BATCH_ROWS,
     BATCH_TIME,
     HELD_FOR,
+    MOST_BATCHES,
     MOST_UNCOMMITTED,
     RETRY_AFTER_TROUBLE,
     STRANGE,
@@ -240,6 +241,49 @@ async def test_one_batch_is_written_at_a_time_in_the_order_of_the_puts(path: str
     assert [ended.key for ended in run.settled] == [0, 1, 2, 3]
 
 
+@pytest.mark.virtual_clock
+async def test_a_slow_disk_gets_all_that_waits_for_it_in_one_commit(path: str) -> None:
+    """Batches keep their size, and each is told of by itself; but for a bound, so that no transaction is endless."""
+    at_work, go = threading.Event(), threading.Event()
+    commits: list[int] = []
+    async with opened(path) as run:
+        real = run.write
+
+        def slow(batches: Sequence[Batch]) -> None:
+            commits.append(len(batches))
+            at_work.set()
+            assert go.wait(10)
+            real(batches)
+
+        run.write = slow
+        run.put("first")
+        run.recording.flush()
+        while not at_work.is_set():
+            await asyncio.sleep(0)
+        for number in range((MOST_BATCHES + 3) * BATCH_ROWS):
+            run.put(number)
+        assert commits == [1]
+        go.set()
+        await until(lambda: run.recording.uncommitted == 0)
+    assert commits == [1, MOST_BATCHES, 3]
+    assert run.batches == [1] + [BATCH_ROWS] * (MOST_BATCHES + 3)
+    assert run.settled == run.puts
+
+
+@pytest.mark.virtual_clock
+async def test_when_a_commit_of_several_batches_fails_none_is_lost_or_told_twice(path: str) -> None:
+    """They are tried again together, and what came after them is behind them."""
+    async with opened(path) as run:
+        run.broken = FULL
+        for number in range(3 * BATCH_ROWS):
+            run.put(number)
+        await until(lambda: run.tries == 2)
+        run.put("later")
+        run.broken = None
+        await until(lambda: run.recording.uncommitted == 0)
+        assert run.batches[:3] == [BATCH_ROWS] * 3
+
+
 # --- what is recorded ---
 
 
@@ -446,6 +490,33 @@ async def test_it_is_told_when_no_key_is_known_to_a_journal_that_holds_some(
         caplog.clear()
 
 
+async def test_an_opening_that_takes_long_says_what_it_does(
+    path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal is checked from end to end: of ten gigabytes that takes a minute. A short one is not worth a word."""
+    caplog.set_level(logging.INFO, "penstock.journal")
+    async with opened(path):
+        pass
+    assert caplog.messages == []
+    monkeypatch.setattr(module, "WORTH_A_WORD", 0.01)
+    go = threading.Event()
+    run = Run(path)
+    really = run.recording._store.open
+
+    def slowly() -> Any:
+        assert go.wait(10)
+        return really()
+
+    monkeypatch.setattr(run.recording._store, "open", slowly)
+    opening = asyncio.create_task(run.recording.open())
+    await until(lambda: caplog.records)
+    go.set()
+    await opening
+    run.close()
+    await run.closed.wait()
+    assert caplog.messages[0] == f"checking {path} from end to end"
+
+
 async def test_a_close_that_takes_long_says_that_it_still_writes(
     path: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +695,18 @@ async def test_who_waits_for_an_intent_may_leave(path: str) -> None:
         assert states(path) == {"a": State.UNKNOWN, "b": State.UNKNOWN}
         run.recording.withdraw_intent("a", 1)
     assert states(path) == {"a": State.RETRY, "b": State.UNKNOWN}
+
+
+async def test_an_intent_keeps_what_its_item_has_spent(path: str) -> None:
+    """In earlier lives; whether its job begins or not."""
+    async with opened(path, intents=True) as run:
+        await run.recording.put_intent("begins", 1, {"usd": 1.5})
+        await run.recording.put_intent("leaves", 1, {"usd": 2.5})
+        run.recording.withdraw_intent("leaves", 1, {"usd": 2.5})
+    assert rows(path, "SELECT key, spent FROM item ORDER BY key") == [
+        ("begins", '{"usd": 1.5}'),
+        ("leaves", '{"usd": 2.5}'),
+    ]
 
 
 @pytest.mark.virtual_clock

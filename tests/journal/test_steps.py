@@ -249,6 +249,10 @@ async def test_a_damaged_step_is_not_taken_for_an_answer(path: str) -> None:
         await live(job, path)
 
 
+def spoil(file: str) -> None:
+    Path(file).write_bytes(b"y" * os.path.getsize(file))
+
+
 async def test_a_large_step_that_is_damaged_fails_its_item(path: str) -> None:
     """It is not called again behind somebody's back."""
 
@@ -257,11 +261,10 @@ async def test_a_large_step_that_is_damaged_fails_its_item(path: str) -> None:
 
     job = in_two_lives(lambda *_: step("ask", ask), Service())
     await live(job, path)
-    spoilt = Path(f"{path}-results")
-    spoilt.write_bytes(b"y" * spoilt.stat().st_size)
+    spoil(f"{path}-results")
     (outcome,) = await live(job, path)
     assert isinstance(outcome.error, JournalError)
-    spoilt.unlink()
+    os.unlink(f"{path}-results")
     with pytest.raises(JournalError, match=r"run\.db-results: has 0 bytes"):
         await live(job, path)
 

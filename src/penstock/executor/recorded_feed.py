@@ -69,8 +69,8 @@ class RecordedFeed(Feed):
         self._memos: dict[RunningJob, Memo] = {}
         self._spent_before: dict[RunningJob, dict[str, float]] = {}
         """Of jobs that run, what earlier lives of their items have spent."""
-        self._met_again = 0
-        """Items that an earlier run had finished, and that are run again."""
+        self._met_again = self._still_failed = 0
+        """Items that an earlier run had finished and that are run again; that it had seen fail, and that are not."""
         self._suffixes: dict[Key, int] = {}
         """The last one of each key that has come before. Grows with such keys only."""
         self._starved = False
@@ -275,6 +275,8 @@ class RecordedFeed(Feed):
         self._count(outcome)
         if outcome.kind is None:
             self.ledger.reassure()
+        else:
+            self._still_failed += 1
         self._running.tell_of_replayed(outcome)
         if self._replay is not Replay.NONE and not self._closed:
             self._undelivered += 1
@@ -389,7 +391,7 @@ class RecordedFeed(Feed):
                 self._stop_for(error)
         elif error is not None and self.stopped is error:
             error.add_note("all that was finished until then is recorded")
-        if ":" in self._journal.resume and self.failed and not self._met_again:
+        if ":" in self._journal.resume and self._still_failed and not self._met_again:
             logger.warning("resume=%r is about none of the items that failed before", self._journal.resume)
         why = self.verdict if self.stopped is None or self.verdict is not None else first_line(self.stopped)
         replayed, left = self.replayed, self.left + len(self._recording.unrecorded)

@@ -58,18 +58,19 @@ def prove_keys(path: str, keys: Iterable[Any]) -> None:
     connection = open_to_read(path)
     try:
         keys = iter(keys)
-        while some := [_recordable(key) for key in itertools.islice(keys, KEYS_AT_ONCE)]:
+        while some := list(itertools.islice(keys, KEYS_AT_ONCE)):
+            recorded = [_recordable(key) for key in some]
             with explaining(path):
                 marks = ",".join("?" * len(some))
                 query = f"SELECT key FROM item WHERE key IN ({marks}) AND {_WITH_A_STATE}"
-                found = {key for (key,) in connection.execute(query, some)}
-            lost = [key for key in some if key not in found]
+                found = {key for (key,) in connection.execute(query, recorded)}
+            lost = [key for key, plain in zip(some, recorded, strict=True) if plain not in found]
             missing += len(lost)
             names += [reprlib.repr(key) for key in lost[: MOST_NAMES - len(names)]]
     finally:
         connection.close()
     if missing:
-        more = "" if missing <= len(names) else ", ..."
+        more = "" if missing <= len(names) else " and others"
         raise JournalError(
             f"{path}: {missing:,} of these keys have no state there: {', '.join(names)}{more}. Run again: what is "
             f"missing is done then."
