@@ -27,6 +27,7 @@
 Every exception can be pickled: all its data stand in `args`.
 """
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -267,6 +268,21 @@ def shown(body: bytes, limit: int = 200) -> str:
     """The first bytes of a body as one readable line."""
     text = body[:limit].decode("utf-8", errors="replace")
     return repr(text) + ("..." if len(body) > limit else "")
+
+
+def in_common(line: str, status: int | None) -> str:
+    """What an error has in common with others of its cause: messages and addresses often hold the record's number.
+
+    `line` is as `first_line` gives it. What was asked for is told apart, what the service answered is not.
+    """
+    if status is None:
+        return re.sub(r"\d+", "#", line)
+    asked = line.partition(" -> ")[0].partition("?")[0]
+    return f"{re.sub(_NUMBERS_OF_RECORDS, '#', asked)} {status}"
+
+
+_NUMBERS_OF_RECORDS = r"(?<![A-Za-z])\d+|\d{3,}"
+"""In an address: /items/17 and /item-4711, but not /api1."""
 
 
 def in_figures(amount: float) -> str:

@@ -3,21 +3,20 @@
 import json
 import math
 import os
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from penstock.errors import InternalError, SkipItem, UsageError, first_line, in_figures, status_of
+from penstock.errors import InternalError, SkipItem, UsageError, first_line, in_common, in_figures, status_of
 from penstock.histogram import Distribution, Histogram
 from penstock.outcome import FailureKind, Outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """One reason why jobs failed: the same kind and class of error, and the same HTTP status, or else the same first
-    line of the message but for its numbers."""
+    """One reason why jobs failed: the same kind and class of error, and the same HTTP status and path, or else the
+    same first line of the message but for its numbers."""
 
     kind: FailureKind
     error: str
@@ -231,7 +230,7 @@ class Tally:
     def _add_failure(self, outcome: Outcome[Any], kind: FailureKind) -> None:
         assert outcome.error is not None, "what has a kind has an error"
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
-        reason = (kind, _reason(outcome.error))
+        reason = (kind, in_common(first_line(outcome.error), status_of(outcome.error)))
         known = self._causes.get(reason)
         if known is not None:
             self._causes[reason] = replace(known, count=known.count + 1)
@@ -275,14 +274,3 @@ class Tally:
             journal=journal,
             duplicates=skipped,
         )
-
-
-def _reason(error: BaseException) -> str:
-    """What an error has in common with others of its cause: messages and addresses often hold the record's number."""
-    line = first_line(error)
-    status = status_of(error)
-    if status is None:
-        return re.sub(r"\d+", "#", line)
-    # What the answer says may name the record; what was asked for is told apart.
-    asked = re.sub(r"\d+", "#", line.partition(" -> ")[0].partition("?")[0])
-    return f"{asked} {status}"

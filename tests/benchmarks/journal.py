@@ -277,7 +277,7 @@ def write_journal(path: Path, items: int, key_of: Callable[[int], Key]) -> None:
                 value = {"id": number, "score": 0.5}
                 outcome: Outcome[Any] = Outcome(None, number, value, None, None, 1, 0.01, 0.05, False)
                 batch.done += done_columns(outcome, key_of(number), run, time.time(), None, str(JSON.dumps(value)))
-        store.write(batch)
+        store.write([batch])
     store.close(None, {})
 
 

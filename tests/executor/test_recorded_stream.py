@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -744,6 +745,35 @@ async def test_a_journal_needs_a_key(path: str) -> None:
 # --- rules ---
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["before its job began", "in the middle of its job"])
+async def test_what_an_item_has_spent_is_kept_when_its_next_life_is_cut_off(
+    path: str, slow_intents: list[tuple[float, float]], begun: bool
+) -> None:
+    """Its intent replaces the row that said so."""
+    lives = 0
+
+    async def job(item: int) -> None:
+        penstock.spend(usd=1)
+        if lives == 2:
+            await for_ever(item)
+        raise ValueError
+
+    for lives in (1, 2, 3):
+        if lives == 2 and not begun:
+            slow_intents.append((0, 10))
+        async with Executor() as executor:
+            journal = Journal(path, intents=True, resume="failed", on_unknown="rerun")
+            reader = asyncio.ensure_future(read(executor.as_completed(job, [7], key=int, journal=journal)))
+            await asyncio.sleep(1)
+            await executor.shutdown(timeout=0)
+            await reader
+        slow_intents.clear()
+        with closing(sqlite3.connect(path)) as connection:
+            (spent,) = connection.execute("SELECT spent FROM item").fetchone()
+        # What a job spends that is cut off is in the report of its run alone.
+        assert json.loads(spent) == {"usd": {1: 1, 2: 1, 3: 2}[lives]}
+
+
 async def test_failures_of_an_earlier_run_are_not_judged_again(path: str) -> None:
     """Neither by `max_errors` nor by `fail_fast`: they have ended that one."""
     await live(refuse, range(10), path)
@@ -1062,6 +1092,39 @@ async def test_an_item_that_was_about_to_begin_is_as_good_as_missing(
     assert sorted(told) == [(0, False), (1, False), (2, False)]
 
 
+async def test_a_job_that_its_run_has_left_before_it_began_never_begins(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run has ended without it: nobody would record what it does."""
+    put_intent = Recording.put_intent
+    go, asked = asyncio.Event(), asyncio.Event()
+    begun: list[int] = []
+
+    async def put_intent_at_last(self: Recording, *args: Any, **kwargs: Any) -> None:
+        while not go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await go.wait()
+        asked.set()
+        await put_intent(self, *args, **kwargs)
+
+    async def job(item: int) -> None:
+        begun.append(item)
+
+    monkeypatch.setattr(Recording, "put_intent", put_intent_at_last)
+    async with Executor() as executor:
+        stream = executor.as_completed(job, [1], key=int, journal=Journal(path, intents=True))
+        reader = asyncio.ensure_future(read(stream))
+        await asyncio.sleep(1)
+        await executor.shutdown(timeout=0)
+        _, error = await reader
+        assert not is_held(path)
+        go.set()
+        await asked.wait()
+    assert isinstance(error, ClosedError)
+    assert begun == []
+    assert states(path) == {1: State.RETRY}
+
+
 @pytest.mark.parametrize("asked", ["rerun", "retry"])
 async def test_who_asks_for_an_unknown_item_again_is_told_that_it_was(path: str, asked: str) -> None:
     """Whoever asked for it: the job has to look whether it has happened before."""
@@ -1191,15 +1254,17 @@ def take_away(path: str, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["removed", "replaced"])
-async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str, what: str) -> None:
-    """SQLite would write on, into a file that nobody finds again. What it had got is handed over."""
+@pytest.mark.parametrize("suffix", ["", "-lock"])
+async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str, suffix: str, what: str) -> None:
+    """SQLite would write on, into a file that nobody finds again; or two runs would do everything twice. What the run
+    had got is handed over."""
     begun: list[int] = []
 
     async def job(item: int) -> int:
         begun.append(item)
         if item == 1:
             await asyncio.sleep(1)
-            take_away(path, what)
+            take_away(path + suffix, what)
         return item
 
     async def source() -> AsyncIterator[int]:
@@ -1213,10 +1278,13 @@ async def test_a_journal_that_goes_while_a_run_writes_it_ends_the_run(path: str,
         outcomes, error = await read(stream)
     assert [outcome.key for outcome in outcomes] == [0]
     assert isinstance(error, JournalError)
-    assert "run.db was removed or replaced while a run wrote" in str(error)
+    assert f"run.db{suffix} was removed or replaced while a run wrote" in str(error)
     assert [outcome.unwrap() for outcome in error.unrecorded] == [1]
     assert begun == [0, 1]
     assert not is_held(path)
+    os.replace(f"{path}{suffix}-old", f"{path}{suffix}")
+    again = await live(same, [0, 1], path)
+    assert {outcome.key: outcome.replayed for outcome in again} == {0: True, 1: False}
 
 
 # --- disks that fail ---
@@ -1420,6 +1488,32 @@ del kept
 gc.collect()
 print(is_held(sys.argv[1]))
 """
+
+
+@pytest.mark.may_leave("errors")  # asyncio tells of each task that was left to a closed loop
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # and so do executor and stream
+def test_a_program_goes_on_when_a_loop_was_closed_under_a_stream(path: str) -> None:
+    """A notebook, for example: another run on the same journal may begin at once, and goes on where that one was."""
+
+    async def job(item: int) -> int:
+        if item:
+            await for_ever(item)
+        return item
+
+    async def begin() -> tuple[Executor, Stream[Outcome[Any]]]:
+        executor = await Executor(limit=2).__aenter__()
+        stream = executor.as_completed(job, itertools.count(), key=int, journal=path)
+        assert (await anext(stream)).key == 0
+        return executor, stream
+
+    loop = asyncio.new_event_loop()
+    kept: list[Any] = [loop.run_until_complete(begin())]
+    loop.close()
+    kept.clear()
+    gc.collect()
+    assert not is_held(path)
+    outcomes = run_in_virtual_time(live(same, [0, 1], path))
+    assert {outcome.key: outcome.replayed for outcome in outcomes} == {0: True, 1: False}
 
 
 def test_a_loop_that_is_closed_under_a_stream_takes_the_lock_with_it(path: str) -> None:

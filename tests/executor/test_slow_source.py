@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from penstock import Executor
-from penstock.executor.feed import BLOCKS, LONGEST_TURN
+from penstock.executor.sources import BLOCKS, LONGEST_TURN
 
 
 def slowly(items: int, seconds: float) -> Iterator[int]:

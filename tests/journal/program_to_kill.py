@@ -21,7 +21,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import penstock
-from penstock.journal import database
+from penstock.journal import database, recording
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -118,8 +118,9 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="by penstock.run, which tells no outcomes")
     parser.add_argument("--drain-timeout", type=float)
     parser.add_argument("--busy-timeout", type=float, default=database.BUSY_TIMEOUT)
+    parser.add_argument("--held-for", type=float, default=recording.HELD_FOR)
     flags = parser.parse_args()
-    database.BUSY_TIMEOUT = flags.busy_timeout
+    database.BUSY_TIMEOUT, recording.HELD_FOR = flags.busy_timeout, flags.held_for
     logging.getLogger("penstock.jobs").setLevel(logging.CRITICAL)  # which jobs have failed is in the journal
     print("begin", flush=True)
     try:

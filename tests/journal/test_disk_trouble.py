@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ITEMS = 3_000
 LIMIT = 32
-FLAGS = (f"--items={ITEMS}", f"--limit={LIMIT}")
+FLAGS = (f"--items={ITEMS}", f"--limit={LIMIT}", "--held-for=0.5")
 ATTEMPTS = 4
 """Of the program, for each request."""
 ROOM_BYTES = 256 * 1024

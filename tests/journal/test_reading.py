@@ -158,14 +158,15 @@ def test_a_run_whose_process_is_dead_does_not_go_on_though_somebody_has_the_lock
 
 
 def test_causes_are_grouped_as_in_a_report(path: str) -> None:
-    """By kind, class and status, or the message but for its numbers; the most frequent first, with a first key."""
+    """By kind, class, status and path, or the message but for its numbers; the most frequent first."""
     record(
         path,
         [
             dead(1, "row 1 is bad"),
-            dead(2, "HTTP 422: name", 422, "penstock.errors.HttpStatusError"),
+            dead(2, "POST http://x/api2?id=2 -> HTTP 422: name", 422, "penstock.errors.HttpStatusError"),
             dead(3, "row 3 is bad\nand more"),
-            dead(4, "HTTP 422: age", 422, "penstock.errors.HttpStatusError"),
+            dead(4, "POST http://x/api2?id=4 -> HTTP 422: age", 422, "penstock.errors.HttpStatusError"),
+            dead(7, "POST http://x/api1?id=7 -> HTTP 422: age", 422, "penstock.errors.HttpStatusError"),
             dead(5, "row 5 is bad"),
             dead(6, ""),
         ],
@@ -173,7 +174,8 @@ def test_causes_are_grouped_as_in_a_report(path: str) -> None:
     with Reading(path) as reading:
         assert reading.causes() == [
             DeadCause("permanent", "ValueError: row 1 is bad", 3, 1),
-            DeadCause("permanent", "HttpStatusError: HTTP 422: name", 2, 2),
+            DeadCause("permanent", "HttpStatusError: POST http://x/api2?id=2 -> HTTP 422: name", 2, 2),
+            DeadCause("permanent", "HttpStatusError: POST http://x/api1?id=7 -> HTTP 422: age", 1, 7),
             DeadCause("permanent", "ValueError", 1, 6),
         ]
         assert len(reading.causes(most=1)) == 1

@@ -514,17 +514,19 @@ def test_several_batches_are_written_together_in_their_order(path: str) -> None:
     assert states(path) == {"a": State.DONE, "b": State.DONE}
 
 
-@pytest.mark.parametrize("replacement", [None, "run.db-copy"])
-def test_a_file_that_was_removed_or_replaced_is_written_no_more(path: str, replacement: str | None) -> None:
-    """SQLite would go on, and nobody would ever see it again."""
+@pytest.mark.parametrize("is_replaced", [False, True])
+@pytest.mark.parametrize("suffix", ["", "-lock"])
+def test_a_file_that_was_removed_or_replaced_is_written_no_more(path: str, suffix: str, is_replaced: bool) -> None:
+    """SQLite would go on, and nobody would ever see it again; without its lock, somebody else may write it."""
+    file = f"{path}{suffix}"
     with opened(path) as store:
         write(store, Batch(done=done("a")))
-        os.rename(path, f"{path}-away")
-        if replacement is not None:
-            shutil.copy(f"{path}-away", path)
-        with pytest.raises(JournalError, match=r"run\.db was removed or replaced while a run wrote it"):
+        os.rename(file, f"{file}-away")
+        if is_replaced:
+            shutil.copy(f"{file}-away", file)
+        with pytest.raises(JournalError, match=rf"run\.db{suffix} was removed or replaced while a run wrote"):
             write(store, Batch(done=done("b")))
-        os.replace(f"{path}-away", path)
+        os.replace(f"{file}-away", file)
         write(store, Batch(done=done("b")))
     assert states(path) == {"a": State.DONE, "b": State.DONE}
 

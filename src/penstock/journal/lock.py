@@ -83,6 +83,11 @@ class Lock:
         self._connection = connection
         self._entry = entry
 
+    def __del__(self) -> None:
+        """A loop was closed under its run: nobody else would let go. Not in the child of a fork, which has no lock."""
+        if self._entry[1] == os.getpid():
+            self.release()
+
     def release(self) -> None:
         """Let others in. Any thread; does nothing where it is not held."""
         connection, self._connection = self._connection, None

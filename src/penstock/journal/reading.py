@@ -15,13 +15,12 @@ Threads: a `Reading` belongs to the one that entered it.
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from penstock.errors import ClosedError, JournalError, UsageError, first_line
+from penstock.errors import ClosedError, JournalError, UsageError, first_line, in_common
 from penstock.journal import side_file
 from penstock.journal.database import explaining, open_to_read
 from penstock.journal.lock import is_gone, is_held
@@ -61,8 +60,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class DeadCause:
-    """One reason why items are dead: the same kind and class of error and the same HTTP status, or else the same first
-    line of the message but for its numbers."""
+    """One reason why items are dead: as a `Cause` of a report."""
 
     kind: str | None
     error: str
@@ -160,8 +158,7 @@ class Reading:
         known: dict[tuple[str | None, str], DeadCause] = {}
         for row in self.rows(State.DEAD):
             told = error_line(row)
-            in_common = re.sub(r"\d+", "#", told) if row.status is None else f"{row.error} {row.status}"
-            reason = (row.kind, in_common)
+            reason = (row.kind, in_common(told, row.status))
             if reason in known:
                 known[reason] = replace(known[reason], count=known[reason].count + 1)
             elif len(known) < KNOWN_CAUSES:
