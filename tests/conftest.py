@@ -14,6 +14,7 @@ import inspect
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -87,6 +88,21 @@ class _ClientResponse(aiohttp.ClientResponse):
 # (pnuckowski/aioresponses #289).
 if "stream_writer" in inspect.signature(aiohttp.ClientResponse.__init__).parameters:
     aioresponses.core.ClientResponse = _ClientResponse  # type: ignore[attr-defined]
+
+
+# --- coverage ---
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Really trace nothing of a test that is marked `no_cover`: in workers of pytest-xdist, pytest-cov goes on."""
+    tracer = sys.gettrace()
+    if item.get_closest_marker("no_cover"):
+        sys.settrace(None)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
 
 
 # --- nothing left behind ---
