@@ -8,6 +8,7 @@ Markers:
 """
 
 import asyncio
+import faulthandler
 import functools
 import gc
 import inspect
@@ -43,13 +44,16 @@ _wider_threads: set[threading.Thread] = set()
 _wider_sockets: set[int] = set()
 
 
-# The long form of the suite, and how many examples it tries of each property, instead of 100.
+# The long form of the suite, and how many examples each form tries of a property.
 LONG_FORM = "full or not full"
 LONG_EXAMPLES = 4_000
+SHORT_EXAMPLES = 60
+LONG_TIMEOUT = 900.0
+"""Seconds for a test of the long form, instead of `faulthandler_timeout`."""
 
 # A busy machine is no failure of a property. The short form tries the same examples each time, so that it says
 # something about the change that it is run for; the long form is for finding out more.
-hypothesis.settings.register_profile("short", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True, max_examples=SHORT_EXAMPLES)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=LONG_EXAMPLES)
 
 
@@ -90,15 +94,20 @@ if "stream_writer" in inspect.signature(aiohttp.ClientResponse.__init__).paramet
     aioresponses.core.ClientResponse = _ClientResponse  # type: ignore[attr-defined]
 
 
-# --- coverage ---
+# --- coverage, and time ---
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Really trace nothing of a test that is marked `no_cover`: in workers of pytest-xdist, pytest-cov goes on."""
+    """Trace nothing of a test that is marked `no_cover`, and give those of the long form the time that they need.
+
+    In workers of pytest-xdist, pytest-cov goes on. The long form's thousands of examples may take minutes.
+    """
     tracer = sys.gettrace()
     if item.get_closest_marker("no_cover"):
         sys.settrace(None)
+    if item.config.option.markexpr == LONG_FORM:
+        faulthandler.dump_traceback_later(LONG_TIMEOUT, exit=True, file=2)
     try:
         yield
     finally:
