@@ -52,6 +52,8 @@ class End(NamedTuple):
 
 
 UNKNOWN = End(State.UNKNOWN, None)
+WITHDRAWN = End(State.RETRY, "it was about to begin")
+STILL_UNKNOWN = End(State.RETRY, None)
 
 
 class Fate(NamedTuple):
@@ -115,7 +117,7 @@ def keys_of(plan: Plan) -> Iterable[tuple[Any, Fate]]:
 
 
 def runs_again(known: End | None, plan: Plan) -> bool:
-    if known is None:
+    if known is None or known.state == State.RETRY:
         return True
     if known.state == State.UNKNOWN:
         return plan.on_unknown == "rerun"
@@ -270,7 +272,7 @@ def check(plan: Plan, told: Told, expected: Expected, known: dict[Any, End], pat
         if plan.ending != "none" or expected.refused:  # it has perhaps not come to its end
             allowed.append(before)
             if plan.intents and (before is None or before.state != State.DONE):
-                allowed.append(UNKNOWN)
+                allowed += [UNKNOWN, STILL_UNKNOWN if before in (UNKNOWN, STILL_UNKNOWN) else WITHDRAWN]
         found = rows.pop(key, None)
         assert found in allowed, f"{key}: {found}, not any of {allowed}"
         if found is not None:

@@ -36,8 +36,6 @@ gigabytes."""
 PAGES_IN_WAL = 10_000
 """Pages of 4 KiB after which the WAL is brought into the file: 40 MB. With SQLite's 1,000, keys in no order, each of
 which changes a page of the index, cost a third more; `tests/benchmarks/journal.py`."""
-CACHE_KIB = 16 * 1024
-"""Of pages that the writer keeps in memory: with keys in no order, those of the index."""
 OLDEST_SQLITE = (3, 32, 0)
 """Of 2020: its command line can `.recover`, and no version since has lost what was committed in a way known to us."""
 
@@ -280,7 +278,6 @@ def _set_up(connection: sqlite3.Connection, path: str, full_sync: bool) -> None:
     connection.execute(f"PRAGMA synchronous = {'FULL' if full_sync else 'NORMAL'}")
     connection.execute(f"PRAGMA fullfsync = {int(full_sync)}")  # macOS: its fsync leaves data in the disk's cache
     connection.execute(f"PRAGMA wal_autocheckpoint = {PAGES_IN_WAL}")
-    connection.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
     connection.execute(f"PRAGMA journal_size_limit = {JOURNAL_SIZE_LIMIT}")
     # A file that may not be written is opened all the same; even a transaction begins, and says so at its first write.
     connection.execute("BEGIN IMMEDIATE")
